@@ -1,0 +1,32 @@
+"""What a user's mistake gets: one line that says what, where and what to do.
+
+The command line prints it without a traceback and exits with code 2.
+"""
+
+import importlib
+from types import ModuleType
+
+
+class InstructLiteError(Exception):
+    """A mistake the user can mend: the message names the place, the fault and the remedy."""
+
+
+class BadRecords(InstructLiteError):
+    """A data file has faults; nothing was trained. `problems` lists them all, `file:line: what` each."""
+
+    LISTED = 20
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        more = len(problems) - self.LISTED
+        super().__init__("\n".join(problems[: self.LISTED] + ([f"+{more} more"] if more > 0 else [])))
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say in one line which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise InstructLiteError(f"{module} is not installed: pip install 'instructlite[{extra}]'") from error
