@@ -1,0 +1,149 @@
+"""`instructlite.json` beside every adapter: which base, tokenizer and template it belongs to, and the hash of each file.
+
+PEFT loads an adapter of another base of the same shape, and one with flipped bytes, without a word; this file is what
+notices. It holds no secrets and no weights, and reading it needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InstructLiteError
+
+if TYPE_CHECKING:
+    from .base import Base
+
+FORMAT = 1
+NAME = "instructlite.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an adapter directory says of itself.
+
+    `fingerprint` identifies the base's weights whatever the quantization; `score_bias` is the constant added to the
+    scalar head of a reward adapter so that demonstrations score 0; `parents` maps a role to the sha256 of the adapter
+    weights it came from.
+    """
+
+    role: str
+    base: str
+    revision: str | None
+    fingerprint: str
+    quantization: str
+    dtype: str
+    tokenizer_sha256: str
+    template_sha256: str
+    score_bias: float | None = None
+    parents: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(
+    directory: str | Path, *, role: str, base: Base, score_bias: float | None = None, parents: dict[str, str] | None = None
+) -> Manifest:
+    """Write `instructlite.json` into a finished adapter directory, with the sha256 of every file that is there."""
+    directory = Path(directory)
+    files = {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.is_file() and path.name != NAME}
+    manifest = Manifest(
+        role=role,
+        base=base.id,
+        revision=base.revision,
+        fingerprint=base.fingerprint,
+        quantization=base.quantization,
+        dtype=base.dtype,
+        tokenizer_sha256=base.tokenizer_sha256,
+        template_sha256=base.template_sha256,
+        score_bias=score_bias,
+        parents=parents or {},
+        files=files,
+    )
+    (directory / NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    path = Path(directory) / NAME
+    if not path.is_file():
+        raise InstructLiteError(f"{directory}: not an InstructLite adapter ({NAME} is missing); pass a directory that a recipe wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InstructLiteError(f"{path}: damaged ({error}); train the stage again") from error
+    if content.get("format") != FORMAT:
+        raise InstructLiteError(
+            f"{path}: format {content.get('format')}, this version reads format {FORMAT}; use the version that wrote it"
+        )
+    return Manifest(**content)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Handle of an adapter directory: what a recipe's `run()` returns and every stage after it takes."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, path: str | Path | Adapter) -> Adapter:
+        """Open a directory; raises InstructLiteError if it is not an adapter that InstructLite wrote."""
+        return path if isinstance(path, Adapter) else cls(Path(path), read_manifest(path))
+
+    @property
+    def role(self) -> str:
+        return self.manifest.role
+
+    @property
+    def base_id(self) -> str:
+        return self.manifest.base
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the adapter's weights, by which its children name it."""
+        return self.manifest.files["adapter_model.safetensors"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics of the run that wrote it (`run.json`); empty if there is none."""
+        run = self.path / "run.json"
+        return json.loads(run.read_text(encoding="utf-8")).get("metrics", {}) if run.is_file() else {}
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def is_adapter(path: object) -> bool:
+    return isinstance(path, Adapter) or (isinstance(path, (str, Path)) and (Path(path) / "adapter_config.json").is_file())
+
+
+def verify(adapter: Adapter, base: Base) -> None:
+    """Refuse a damaged adapter, or one that was trained on another base, tokenizer or chat template."""
+    manifest = adapter.manifest
+    for name, expected in manifest.files.items():
+        path = adapter.path / name
+        if not path.is_file():
+            raise InstructLiteError(f"{path}: missing, though {NAME} lists it; restore the directory or train the stage again")
+        if sha256_file(path) != expected:
+            raise InstructLiteError(f"{path}: damaged or changed since training (sha256 differs); restore it or train the stage again")
+    for what, ours, theirs in (
+        ("base", base.fingerprint, manifest.fingerprint),
+        ("tokenizer", base.tokenizer_sha256, manifest.tokenizer_sha256),
+        ("chat template", base.template_sha256, manifest.template_sha256),
+    ):
+        if ours != theirs:
+            raise InstructLiteError(
+                f"{adapter.path}: trained on another {what} ({manifest.base}) than the one loaded ({base.id}); load its own"
+            )

@@ -1,0 +1,168 @@
+"""Batched generation, scores and log-probabilities of the roles of one base; rows of a batch may have different roles.
+
+Generation starts from a blank generation config: what a model's own file asks for (top_k 20, repetition penalty 1.05 …)
+would make the sampled distribution differ from the one PPO scores. Log-probabilities never come from generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .logprobs import token_log_probs
+from .roles import RoleModel
+
+Sequence = tuple[list[int], list[int]]  # prompt ids, completion ids
+Progress = Callable[[int], None]  # called with the number of rows just finished
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution as it is."""
+
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def generate(
+    model: RoleModel,
+    prompts: list[list[int]],
+    roles: list[str | None] | str | None,
+    sampling: Sampling,
+    *,
+    stop_ids: list[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """One answer a prompt, as token ids up to and including the first stop token (or `max_new_tokens` of them).
+
+    roles: one for all, or one a prompt (None = the base alone), then answered in mixed batches. The random state of the
+    caller is left untouched; the same seed gives the same answers for the same batches.
+    """
+    stop_ids = stop_ids or model.base.stop_ids
+    per_row = roles if isinstance(roles, list) else [roles] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths share a batch: less padding
+    answers: list[list[int]] = [[] for _ in prompts]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _ready_to_generate(model), torch.no_grad():
+        torch.manual_seed(seed)
+        for rows in _batches(order, batch_size):
+            ids, attention = left_pad([prompts[i] for i in rows], model.base.pad_id, model.device)
+            output = _generate_batch(model, ids, attention, [per_row[i] for i in rows], _config(model, sampling, stop_ids))
+            for i, row in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+                answers[i] = until_stop(row, stop_ids)
+            if progress:
+                progress(len(rows))
+    return answers
+
+
+def _generate_batch(model: RoleModel, ids: Tensor, attention: Tensor, roles: list[str | None], config: GenerationConfig) -> Tensor:
+    uniform = len(set(roles)) == 1
+    with model.precision(), model.active(roles[0]) if uniform else nullcontext():
+        extra = {} if uniform else {"adapter_names": [role or "__base__" for role in roles]}
+        return model.generate(input_ids=ids, attention_mask=attention, generation_config=config, **extra)
+
+
+def _config(model: RoleModel, sampling: Sampling, stop_ids: list[int]) -> GenerationConfig:
+    greedy = sampling.temperature == 0
+    drawn = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    return GenerationConfig(
+        do_sample=not greedy, max_new_tokens=sampling.max_new_tokens, eos_token_id=stop_ids, pad_token_id=model.base.pad_id,
+        bos_token_id=model.base.tokenizer.bos_token_id, repetition_penalty=1.0, use_cache=True, **drawn,
+    )  # fmt: skip
+
+
+@contextmanager
+def _ready_to_generate(model: RoleModel) -> Iterator[None]:
+    """Eval mode (checkpointed layers in train mode drop the KV cache) and no generation config of the model's own.
+
+    Fields that ours leaves unset would be filled from the model's file.
+    """
+    training, own = model.training, model.base.model.generation_config
+    model.eval()
+    model.base.model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.base.model.generation_config = own
+        model.train(training)
+
+
+def until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
+    """The ids up to and including the first stop token."""
+    for position, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[: position + 1]
+    return ids
+
+
+def left_pad(rows: list[list[int]], pad_id: int, device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """(batch, length) ids and attention mask, content at the right end."""
+    length = length or max(map(len, rows))
+    ids = torch.full((len(rows), length), pad_id)
+    attention = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = torch.tensor(row)
+        attention[i, length - len(row) :] = 1
+    return ids.to(device), attention.to(device)
+
+
+@torch.no_grad()
+def score(model: RoleModel, role: str, sequences: list[Sequence], *, batch_size: int = 32, progress: Progress | None = None) -> Tensor:
+    """Scalar head of a reward role at the last token of prompt + completion: fp32 (sequences,) on the CPU."""
+    scores = torch.empty(len(sequences))
+    for rows, hidden, _ in _forward(model, role, sequences, batch_size):
+        scores[rows] = model.scores(role, hidden[:, -1]).cpu()
+        if progress:
+            progress(len(rows))
+    return scores
+
+
+@torch.no_grad()
+def log_probs(
+    model: RoleModel,
+    role: str | None,
+    sequences: list[Sequence],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[Tensor]:
+    """Per-token log-probabilities of each completion given its prompt, in nats, under `role` (None = the base)."""
+    results: list[Tensor] = [torch.empty(0)] * len(sequences)
+    for rows, hidden, ids in _forward(model, role, sequences, batch_size):
+        for i, h, row in zip(rows, hidden, ids, strict=True):
+            n = len(sequences[i][1])
+            with model.precision(), model.active(role):
+                results[i] = token_log_probs(model.logits, h[-n - 1 : -1], row[-n:], temperature=temperature)[0].cpu()
+        if progress:
+            progress(len(rows))
+    return results
+
+
+def _forward(model: RoleModel, role: str | None, sequences: list[Sequence], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Left-padded batches in order of length: row numbers, last hidden states, ids."""
+    training = model.training
+    model.eval()
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
+    try:
+        for rows in _batches(order, batch_size):
+            ids, attention = left_pad([sequences[i][0] + sequences[i][1] for i in rows], model.base.pad_id, model.device)
+            with model.precision(), model.active(role):
+                hidden = model.hidden(ids, attention)
+            yield rows, hidden, ids
+    finally:
+        model.train(training)
+
+
+def _batches(order: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

@@ -1,0 +1,461 @@
+"""PPOTrainer: InstructGPT's third stage on `transformers.Trainer`, every role an adapter of one base.
+
+Trainer's own loop is kept: one optimiser step there is one PPO minibatch here, so schedules, logging and max_steps mean
+what they always mean. A cycle is one rollout batch of b * G * M * W episodes and E * M optimiser steps, with
+b = per_device_train_batch_size, G = gradient_accumulation_steps, M = num_mini_batches, E = num_ppo_epochs, W = processes.
+All randomness is a function of (seed, cycle, rank): logging or evaluating more often changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from ..config import BaseOptions
+from ..errors import InstructLiteError
+from ..models.base import base_of, encode_prompt
+from ..models.manifest import Adapter
+from ..models.roles import RoleModel
+from ..models.sampling import Sampling
+from .ppo_math import kl_estimators, policy_losses, value_losses
+from .reward_sources import RewardSource, ScoreScale
+from .rollout import Rollout, RolloutOptions, assign_advantages, collect
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """TrainingArguments plus PPO's options, under the names they had in TRL. Steps are optimiser steps."""
+
+    num_ppo_epochs: int = 4
+    """Passes over each rollout batch."""
+    num_mini_batches: int = 1
+    """Optimiser steps a pass; the rollout batch is this many times per-device batch x accumulation x processes."""
+    total_episodes: int | None = None
+    """Stop after this many episodes (sets max_steps). None: `max_steps` or `num_train_epochs` decide."""
+    kl_coef: float = 0.05
+    """beta, per token and nat, in the reward."""
+    cliprange: float = 0.2
+    cliprange_value: float | None = 0.2
+    """In units of the scaled score. None: the value loss is not clipped."""
+    vf_coef: float = 0.1
+    """Weight of the value loss. Policy and value share no parameters and are clipped apart, so with Adam it hardly matters;
+    use `value_learning_rate`."""
+    entropy_coef: float = 0.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = None
+    """Taken off the scaled score of a response that did not stop by itself."""
+    response_length: int = 53
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Of sampling; policy, reference and entropy are those of the tempered distribution."""
+    stop_token_ids: list[int] | None = None
+    """Token ids that end a response. None: the chat template's end of turn and all eos ids of the model."""
+    max_prompt_length: int | None = None
+    """Prompts of more tokens are left out, and counted. None: none is."""
+    generation_batch_size: int | None = None
+    """Prompts per generate call. None: the whole local rollout batch."""
+    score_normalization: str = "first_rollout"
+    """"first_rollout", "reward_model" (the statistics its run measured) or "none"."""
+    score_clip: float | None = 10.0
+    """Scaled scores beyond this are clipped."""
+    value_learning_rate: float | None = None
+    """None: the same as learning_rate."""
+    share_lower_layers: bool = True
+    """Compute the layers below the lowest adapter once a rollout, for all roles and epochs (where the base allows it)."""
+    logp_chunk_size: int = 512
+    """Tokens whose logits are in memory at once."""
+    learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's initial learning rate of the policy."})
+    logging_steps: float = 1
+    logging_nan_inf_filter: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.label_names = []
+        self.remove_unused_columns = False
+        if self.score_normalization not in ("first_rollout", "reward_model", "none"):
+            raise InstructLiteError(f"score_normalization={self.score_normalization!r}: choose first_rollout, reward_model or none")
+        if self.temperature <= 0:
+            raise InstructLiteError(f"temperature={self.temperature}: PPO samples; it must be above 0")
+        for option in ("use_liger_kernel", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile", "fp16"):
+            if getattr(self, option):
+                raise InstructLiteError(
+                    f"{option}: not supported in PPO (it would make sampled and scored distributions differ); remove it"
+                )
+        if self.deepspeed or self.fsdp:
+            raise InstructLiteError("PPO runs on one process or under DDP; remove deepspeed / fsdp")
+
+    @property
+    def local_rollout_batch_size(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Episodes a cycle over all processes."""
+        return self.local_rollout_batch_size * self.world_size
+
+    @property
+    def steps_per_cycle(self) -> int:
+        return self.num_ppo_epochs * self.num_mini_batches
+
+
+class CycleSampler(Sampler[int]):
+    """Each rollout batch of a stateless permutation, repeated for all micro-steps of its cycle.
+
+    TRL's RepeatSampler owns a generator and has no `set_epoch`, so a resume in a later epoch replays the first one's
+    order; here the order is a function of (seed, epoch). The last incomplete batch is dropped.
+    """
+
+    def __init__(self, size: int, batch: int, repeats: int, seed: int):
+        self.size, self.batch, self.repeats, self.seed, self.epoch = size, batch, repeats, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // self.batch * self.batch * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.size, generator=generator(self.seed, self.epoch)).tolist()
+        for start in range(0, self.size // self.batch * self.batch, self.batch):
+            for _ in range(self.repeats):
+                yield from order[start : start + self.batch]
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
+    return seed
+
+
+def generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(mix(*numbers))
+
+
+class PPOTrainer(Trainer):
+    """PPO of the role `policy` of a RoleModel against a reward role (or any RewardSource).
+
+    model: the SFT adapter (directory or Adapter), or a RoleModel with the roles `policy`, `value` (with its head) and, for
+    the KL, `reference`; without that role the base alone is the reference.
+    train_dataset: rows with `prompt` (text or messages) or `input_ids`; other columns reach the reward source.
+    reward_model: the reward adapter (directory or Adapter), the name of a reward role of the RoleModel, or a callable
+    Rollout -> scores (batch,).
+    score_statistics: (mean, std) of the reward model's own scores, for score_normalization="reward_model".
+    """
+
+    loss_is_scaled_for_ga = True  # the loss is a sum over tokens divided by the tokens of the whole optimiser step
+    model: RoleModel
+
+    def __init__(
+        self,
+        model: RoleModel | Adapter | str | Path,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        reward_model: RewardSource | Adapter | str | Path = "reward",
+        score_statistics: tuple[float, float] | None = None,
+        callbacks: list | None = None,
+    ):
+        if args.n_gpu > 1:
+            raise InstructLiteError(
+                "several GPUs in one process: start with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES"
+            )
+        if not isinstance(model, RoleModel):
+            policy = Adapter.load(model)
+            reward = None if callable(reward_model) else Adapter.load(reward_model)
+            model = RoleModel.for_ppo(base_of(policy, BaseOptions()), policy, reward)
+            reward_model = reward_model if callable(reward_model) else "reward"
+        self.tokenizer = processing_class or model.base.tokenizer
+        self.reward_source = reward_model
+        self._check_roles(model, reward_model)
+        # A value head that starts as the reward head must follow it to the scale of the scaled score.
+        self._value_is_reward = isinstance(reward_model, str) and torch.equal(model.heads["value"].weight, model.heads[reward_model].weight)
+        self.prompts_left_out = 0
+        train_dataset = self._with_prompt_ids(train_dataset, args)
+        eval_dataset = None if eval_dataset is None else self._with_prompt_ids(eval_dataset, args)
+        if len(train_dataset) < args.rollout_batch_size:
+            raise InstructLiteError(
+                f"{len(train_dataset)} prompts do not fill one rollout batch of {args.rollout_batch_size} = per_device_train_batch_size "
+                f"{args.per_device_train_batch_size} x gradient_accumulation_steps {args.gradient_accumulation_steps} x num_mini_batches "
+                f"{args.num_mini_batches} x {args.world_size} processes; lower one of them or add prompts"
+            )
+        if args.total_episodes is not None:
+            args.max_steps = -(-args.total_episodes // args.rollout_batch_size) * args.steps_per_cycle
+        # Dropout would make log-probabilities in training differ from those of the rollout (ratio != 1 at once).
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.set_trainable(["policy", "value"])
+        self._checkpoint_activations(model, args)
+        self.scale = self._score_scale(args, score_statistics)
+        super().__init__(
+            model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=self.tokenizer, callbacks=callbacks,
+        )  # fmt: skip
+        self.model_accepts_loss_kwargs = False
+        self._options = RolloutOptions(
+            sampling=Sampling(max_new_tokens=args.response_length, temperature=args.temperature),
+            stop_ids=args.stop_token_ids or model.base.stop_ids,
+            generation_batch_size=args.generation_batch_size or args.local_rollout_batch_size,
+            scoring_batch_size=args.per_device_train_batch_size,
+            logp_chunk_size=args.logp_chunk_size,
+            share_lower_layers=args.share_lower_layers,
+        )
+        self._micro_step: int | None = None  # derived from global_step at the first training_step, also after a resume
+        self._rollout: Rollout | None = None
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    @staticmethod
+    def _check_roles(model: RoleModel, reward: RewardSource | str) -> None:
+        needed = ["policy", "value", *([reward] if isinstance(reward, str) else [])]
+        if missing := [role for role in needed if role not in model.roles]:
+            raise InstructLiteError(f"the model lacks the role {', '.join(missing)}; it has {', '.join(model.roles)}")
+        if headless := [role for role in needed[1:] if role not in model.heads]:
+            raise InstructLiteError(f"the role {', '.join(headless)} has no scalar head; use add_head, or a reward adapter")
+
+    def _with_prompt_ids(self, dataset: Any, args: PPOConfig) -> list[dict[str, Any]]:
+        rows = []
+        for row in dataset:
+            ids = row["input_ids"] if "input_ids" in row else encode_prompt(self.tokenizer, row["prompt"])
+            if args.max_prompt_length is None or len(ids) <= args.max_prompt_length:
+                rows.append({**row, "prompt_ids": list(ids)})
+        self.prompts_left_out += len(dataset) - len(rows)
+        if not rows:
+            raise InstructLiteError(f"no prompt has at most max_prompt_length={args.max_prompt_length} tokens; raise it")
+        return rows
+
+    @staticmethod
+    def _checkpoint_activations(model: RoleModel, args: PPOConfig) -> None:
+        """Non-reentrant, with a context that recomputes under the adapter of the forward pass.
+
+        Switched on here and not by Trainer, because such a context cannot be written into TrainingArguments.
+        """
+        if args.gradient_checkpointing or args.activation_checkpointing:
+            args.gradient_checkpointing = args.activation_checkpointing = False
+            model.base.model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": model.reactivation}
+            )
+
+    @staticmethod
+    def _score_scale(args: PPOConfig, statistics: tuple[float, float] | None) -> ScoreScale:
+        if args.score_normalization == "reward_model":
+            if statistics is None:
+                raise InstructLiteError(
+                    "score_normalization=reward_model: the reward model has no score_mean and score_std; use first_rollout"
+                )
+            return ScoreScale(*statistics, args.score_clip)
+        mean, std = (0.0, 1.0) if args.score_normalization == "none" else (None, None)
+        return ScoreScale(mean, std, args.score_clip)
+
+    # --- data: the same local rollout batch for every micro-step of a cycle --------------------------------------------
+
+    @property
+    def micro_steps_per_cycle(self) -> int:
+        return self.args.steps_per_cycle * self.args.gradient_accumulation_steps
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._get_dataloader(
+            self.train_dataset, "Training", self.args.local_rollout_batch_size, self._get_train_sampler, is_training=True
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> CycleSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return CycleSampler(len(dataset), self.args.rollout_batch_size, self.micro_steps_per_cycle, self.args.seed)
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        """Sum over processes."""
+        return self.accelerator.reduce(x.to(self.accelerator.device), "sum")
+
+    # --- one micro-step ----------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._micro_step, self._rollout = None, None
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: torch.nn.Module, inputs: list[dict], num_items_in_batch: Any = None) -> Tensor:
+        if self._micro_step is None:
+            self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
+        cycle, phase = divmod(self._micro_step, self.micro_steps_per_cycle)
+        if phase == 0:
+            self._rollout = self._collect(inputs, cycle)
+        start = time.perf_counter()
+        rows, minibatch = self._rows_of(cycle, phase)
+        self._first_step = phase < self.args.gradient_accumulation_steps
+        self._tokens = self._minibatch_tokens(minibatch)
+        # Trainer's own step moves its inputs to the device; a rollout is there already, so it travels on `self`.
+        self._micro = self._rollout.take(rows)
+        loss = super().training_step(model, {"micro": torch.empty(0)}, None)
+        self._micro_step += 1
+        self._metrics["rollout/time_train"].append(time.perf_counter() - start)
+        return loss
+
+    def _rows_of(self, cycle: int, phase: int) -> tuple[Tensor, Tensor]:
+        """Rows of this micro-batch, and of the whole minibatch it belongs to."""
+        b, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        epoch, k = divmod(phase, self.args.num_mini_batches * accumulation)
+        order = torch.randperm(self.args.local_rollout_batch_size, generator=generator(self.args.seed, cycle, epoch, 1))
+        minibatch = order.split(b * accumulation)[k // accumulation]
+        return minibatch.split(b)[k % accumulation], minibatch
+
+    def _minibatch_tokens(self, minibatch: Tensor) -> Tensor:
+        """Response tokens of the optimiser step over all processes: what its loss is divided by."""
+        return self._reduce(self._rollout.mask[minibatch.to(self._rollout.mask.device)].sum())
+
+    def compute_loss(self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
+        """Clipped policy and value losses of one micro-batch; the token mean is that of the whole optimiser step."""
+        args, micro, mask = self.args, self._micro, self._micro.mask
+        output = model(response=micro.batch(args.temperature, args.logp_chunk_size, entropy_grad=args.entropy_coef != 0))
+        logps, values = output["logps"], output["values"]
+        stored = micro.logps[mask]
+        # By construction the ratio is exactly 1 in the first step; how far the recomputed log-probabilities are from the
+        # stored ones is measured instead (a wrong mask, position or dropout shows there).
+        old = logps.detach() if self._first_step else stored
+        policy, policy_clipped = policy_losses(logps, old, micro.advantages[mask], args.cliprange)
+        value, value_clipped = value_losses(values, micro.values[mask], micro.returns[mask], args.cliprange_value)
+        tokens = policy + args.vf_coef * value - args.entropy_coef * output["entropy"]
+        loss = tokens.sum() / self._tokens * self.accelerator.num_processes  # DDP averages over processes
+        if not torch.isfinite(loss):
+            raise InstructLiteError(
+                f"step {self.state.global_step}: the PPO loss is {loss.item()}; nothing was updated. Lower learning_rate or check the reward"
+            )
+        self._note_losses(logps.detach(), old, stored, output["entropy"], policy, policy_clipped, value, value_clipped)
+        return loss
+
+    @torch.no_grad()
+    def _note_losses(
+        self,
+        logps: Tensor,
+        old: Tensor,
+        stored: Tensor,
+        entropy: Tensor,
+        policy: Tensor,
+        policy_clipped: Tensor,
+        value: Tensor,
+        value_clipped: Tensor,
+    ) -> None:
+        ratio = torch.exp((logps - old).clamp(-20, 20))
+        noted = {
+            "policy/loss": policy, "policy/clip_frac": policy_clipped.float(), "policy/approx_kl": kl_estimators(old, logps)[1],
+            "policy/ratio_mean": ratio, "policy/entropy": entropy, "value/loss": value, "value/clip_frac": value_clipped.float(),
+        }  # fmt: skip
+        for name, x in noted.items():
+            self._metrics[name].append(x.mean().item())
+        self._metrics["policy/ratio_max"].append(ratio.max().item())
+        if self._first_step:
+            self._metrics["rollout/logp_mismatch"].append(torch.expm1(logps - stored).abs().max().item())
+
+    # --- one cycle ---------------------------------------------------------------------------------------------------
+
+    def _collect(self, rows: list[dict], cycle: int) -> Rollout:
+        model, args = self.accelerator.unwrap_model(self.model_wrapped), self.args
+        rollout, seconds = collect(model, rows, self.reward_source, self._options, seed=mix(args.seed, cycle, args.process_index, 2))
+        if not self.scale.fitted:
+            self.scale.fit(rollout.scores, self._reduce)
+            self._rescale_value_head(model, rollout)
+        metrics = self._assign_advantages(rollout, self.scale)
+        if cycle == 0:
+            self._check_reference(metrics["objective/kl_k3"])
+        tokens = int(rollout.mask.sum())
+        metrics |= seconds | {"rollout/tokens_per_s": tokens / seconds["rollout/time_generate"]}
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
+        return rollout
+
+    def _assign_advantages(self, rollout: Rollout, scale: ScoreScale) -> dict[str, float]:
+        args = self.args
+        metrics = assign_advantages(
+            rollout, scale, kl_coef=args.kl_coef, gamma=args.gamma, lam=args.lam, missing_eos_penalty=args.missing_eos_penalty,
+            whiten_rewards=args.whiten_rewards, reduce=self._reduce,
+        )  # fmt: skip
+        if not torch.isfinite(rollout.advantages).all() or not torch.isfinite(rollout.scores).all():
+            broken = int((~torch.isfinite(rollout.scores)).sum())
+            raise InstructLiteError(
+                f"step {self.state.global_step}: {broken} of {len(rollout)} scores are not finite; nothing was updated. Check the reward"
+            )
+        return metrics
+
+    def _rescale_value_head(self, model: RoleModel, rollout: Rollout) -> None:
+        if self._value_is_reward:
+            self.scale.apply_to_head(model.heads["value"])
+            rollout.values = (rollout.values - self.scale.mean) / self.scale.std * rollout.mask
+
+    def _check_reference(self, kl: float) -> None:
+        if kl > (1e-4 if self.model.base.dtype == "float32" else 1e-2):
+            raise InstructLiteError(
+                f"before the first update the policy differs from the reference (KL {kl:.3g} nats a token, should be 0): "
+                "the reference is not the adapter the policy started from, or dropout or sampling filters are on"
+            )
+
+    # --- optimiser -----------------------------------------------------------------------------------------------------
+
+    def _groups(self) -> dict[str, list[torch.nn.Parameter]]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {role: model.role_parameters(role) for role in ("policy", "value")}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW (or `optim`) with a group for each role; the value group may have its own learning rate."""
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rates = {"policy": self.args.learning_rate, "value": self.args.value_learning_rate or self.args.learning_rate}
+            groups = [
+                {"params": parameters, "lr": rates[role], "weight_decay": self.args.weight_decay}
+                for role, parameters in self._groups().items()
+            ]
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        """Each role is clipped on its own: clipped together, a large value gradient would shrink the policy's step."""
+        norms = {}
+        for role, parameters in self._groups().items():
+            norms[role] = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            self._metrics[f"{role}/grad_norm"].append(float(norms[role]))
+        if float(norms["value"]) == 0:
+            raise InstructLiteError("the value adapter gets no gradient: its parameters are frozen or were replaced; nothing was updated")
+        return norms["policy"]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # the inputs are not what the model sees
+
+    # --- logging, evaluation, saving -----------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+        self._metrics.clear()
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Answer the evaluation prompts with the current policy: score, KL, length as `eval_objective/score` and so on."""
+        rows = self.eval_dataset if eval_dataset is None else self._with_prompt_ids(eval_dataset, self.args)
+        if rows is None:
+            raise InstructLiteError("evaluate() needs an eval_dataset")
+        rank, processes = self.args.process_index, self.args.world_size
+        model = self.accelerator.unwrap_model(self.model)
+        # Every process takes as many rows, or they would wait for each other.
+        share = [rows[(i * processes + rank) % len(rows)] for i in range(-(-len(rows) // processes))]
+        rollout, seconds = collect(model, share, self.reward_source, self._options, seed=mix(self.args.seed, rank, 3))
+        # Before the first cycle there is no scale yet; evaluating must not decide it.
+        scale = self.scale if self.scale.fitted else ScoreScale(0.0, 1.0, None)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (self._assign_advantages(rollout, scale) | seconds).items()}
+        waiting, self._metrics = self._metrics, defaultdict(list)  # training metrics stay for the next training log
+        self.log(metrics)
+        self._metrics = waiting
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The policy as a plain PEFT adapter."""
+        self.accelerator.unwrap_model(self.model).save_role("policy", output_dir or self.args.output_dir)
