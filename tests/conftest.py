@@ -1,7 +1,10 @@
 """A Llama of 35k parameters and a byte tokenizer with a chat template: everything is tested offline in seconds."""
 
 import copy
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may wait for a network
 
 import pytest
 import torch

@@ -5,9 +5,9 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from instructlite.models.base import lora_config
 from instructlite.models.logprobs import token_log_probs
 from instructlite.models.roles import ResponseBatch, RoleModel
-from instructlite.models.base import lora_config
 
 TOKENS, HIDDEN, VOCABULARY = 23, 16, 50
 
@@ -19,16 +19,19 @@ def full(logits_of, hidden, tokens, temperature):
 
 @pytest.mark.parametrize("chunk", [1, 7, TOKENS])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_t15_chunks_equal_the_full_softmax_with_gradients(chunk, temperature):
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_t15_chunks_equal_the_full_softmax_with_gradients(chunk, temperature, frozen_head):
     torch.manual_seed(0)
-    head = torch.nn.Linear(HIDDEN, VOCABULARY)
-    hidden, tokens = torch.randn(TOKENS, HIDDEN), torch.randint(VOCABULARY, (TOKENS,))
+    head = torch.nn.Linear(HIDDEN, VOCABULARY).requires_grad_(not frozen_head)
+    hidden, tokens, weights = torch.randn(TOKENS, HIDDEN), torch.randint(VOCABULARY, (TOKENS,)), torch.randn(TOKENS)
+    options = dict(chunk=chunk, entropy_grad=True, frozen_head=frozen_head)
     results = []
-    for function in (full, lambda *a: token_log_probs(*a[:3], temperature=a[3], chunk=chunk, entropy_grad=True)):
+    for function in (full, lambda *a: token_log_probs(*a[:3], temperature=a[3], **options)):
         h = hidden.clone().requires_grad_()
+        head.weight.grad = None
         log_probs, entropy = function(head, h, tokens, temperature)
-        (log_probs.sum() + 0.3 * entropy.sum()).backward()
-        results.append((log_probs.detach(), entropy.detach(), h.grad))
+        (log_probs @ weights + 0.3 * (entropy @ weights)).backward()
+        results.append((log_probs.detach(), entropy.detach(), h.grad, torch.zeros(1) if frozen_head else head.weight.grad))
     for a, b in zip(*results, strict=True):
         assert_close(a, b, atol=1e-5, rtol=0)
 

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from ..config import BaseOptions, Lora
 from ..errors import InstructLiteError, require
@@ -162,6 +163,8 @@ def load_base(
     if quantization == "none":
         loaded.to(device)
     loaded.requires_grad_(False)
+    if quantization == "nf4":
+        _keep_bytes(loaded)
     end_id = _end_of_turn(tokenizer)
     return Base(
         model=loaded,
@@ -254,6 +257,14 @@ def _quantization(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def _keep_bytes(model: PreTrainedModel) -> None:
+    """On CPUs with avx512_bf16, bitsandbytes re-packs 4-bit weights in place at the first forward in eval mode and rounds
+    their scales to bfloat16: the base would change after the first rollout. Remove when Linear4bit keeps its bytes."""
+    for module in model.modules():
+        if isinstance(module, require("bitsandbytes", "quant").nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _load_tokenizer(path: Path, tokenizer_path: str | Path | None, chat_template: str | None) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path, padding_side="left")
     if chat_template in TEMPLATES:
@@ -325,8 +336,8 @@ def fingerprint(path: Path) -> str:
 
 def lora_config(lora: Lora, model: PreTrainedModel, task_type: str) -> LoraConfig:
     """PEFT's config with "all-linear" and `top_layers` resolved to the modules of this model; wrong names are refused."""
-    layers = model.base_model.layers
-    linear = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    pattern, layers = _decoder_layers(model)
+    linear = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     targets = sorted(linear) if lora.targets == "all-linear" else list(lora.targets)
     if wrong := sorted(set(targets) - linear):
         raise InstructLiteError(
@@ -341,6 +352,15 @@ def lora_config(lora: Lora, model: PreTrainedModel, task_type: str) -> LoraConfi
         lora_dropout=lora.dropout,
         target_modules=targets,
         layers_to_transform=None if lora.top_layers in (None, total) else list(range(total - lora.top_layers, total)),
-        layers_pattern=None if lora.top_layers in (None, total) else "layers",
+        layers_pattern=None if lora.top_layers in (None, total) else pattern,
         task_type=task_type,
     )
+
+
+def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its own name ("layers", "h", ...), whatever the architecture calls it."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name.rsplit(".", 1)[-1], module
+    raise InstructLiteError(f"{type(model).__name__}: no list of {count} decoder layers found; this architecture is not supported")

@@ -73,7 +73,7 @@ class PPOConfig(TrainingArguments):
     """None: the same as learning_rate."""
     share_lower_layers: bool = True
     """Compute the layers below the lowest adapter once a rollout, for all roles and epochs (where the base allows it)."""
-    logp_chunk_size: int = 512
+    logp_chunk_size: int = 256
     """Tokens whose logits are in memory at once."""
     learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's initial learning rate of the policy."})
     logging_steps: float = 1

@@ -1,0 +1,75 @@
+"""PPO, the third stage of InstructGPT, as a recipe: from an SFT adapter, a reward adapter and prompts to a policy adapter.
+
+Thin on purpose: the roles are in models/roles.py, the algorithm in ppo_trainer.py, rollout.py and ppo_math.py.
+"""
+
+import time
+from typing import Any
+
+from ..config import PPOOptions
+from ..errors import InstructLiteError
+from ..models.base import base_of, lora_config
+from ..models.manifest import Adapter
+from ..models.roles import RoleModel
+from .ppo_trainer import PPOConfig, PPOTrainer
+from .recipe import Recipe, Run, parent_of
+
+SHOWN = ("objective/score", "objective/kl", "objective/entropy", "rollout/length_mean", "rollout/eos_missing_frac", "value/explained_variance")
+
+
+class PPORecipe(Recipe, PPOOptions):
+    """Train a policy against a reward adapter with a KL penalty to the SFT adapter it starts from.
+
+    The reference is the SFT adapter (with a bare base as `model`, the base itself). Metrics: the rollout metrics of the
+    first cycle and the means over the last quarter of the cycles (`first`, `last`), episodes and their number a second.
+    """
+
+    name = "ppo"
+    config_class = PPOConfig
+
+    def train(self, run: Run) -> None:
+        policy, reward = parent_of(self.model), Adapter.load(self.reward)
+        if reward.role != "reward":
+            raise InstructLiteError(f"reward={reward}: a {reward.role} adapter; PPO needs the directory that RewardRecipe wrote")
+        prompts = run.records("prompts", self.data, "prompts")
+        base = base_of(self.model, self)
+        config = self.trainer_config(run, base, kl_coef=self.kl_coef)
+        start = policy or lora_config(self.lora, base.model, "CAUSAL_LM")
+        model = RoleModel.for_ppo(base, start, reward, value_from=self.value_from)
+        measured = reward.metrics
+        statistics = (measured["score_mean"], measured["score_std"]) if "score_std" in measured else None
+        trainer = PPOTrainer(model, config, train_dataset=prompts, score_statistics=statistics)
+        if trainer.prompts_left_out:
+            run.note(f"{trainer.prompts_left_out} of {len(prompts)} prompts have more than {config.max_prompt_length} tokens and are left out")
+        run.watch(trainer)
+        clock = time.perf_counter()
+        trainer.train()
+        run.metrics |= summary(trainer, time.perf_counter() - clock)
+        parents = {"reward": reward.sha256} | ({"sft": policy.sha256} if policy else {})
+        model.save_role("policy", run.directory, parents=parents)
+
+
+def summary(trainer: PPOTrainer, seconds: float) -> dict[str, Any]:
+    """What run.json says of a finished PPO training."""
+    cycles = [log for log in trainer.state.log_history if "objective/score" in log]
+    tail = cycles[-max(1, len(cycles) // 4) :]
+    episodes = len(cycles) * trainer.args.rollout_batch_size
+    return {
+        "first": {name: cycles[0][name] for name in SHOWN},
+        "last": {name: sum(log[name] for log in tail) / len(tail) for name in SHOWN},
+        "score_mean": trainer.scale.mean,
+        "score_std": trainer.scale.std,
+        "steps": trainer.state.global_step,
+        "episodes": episodes,
+        "episodes_per_second": round(episodes / seconds, 3),
+        "prompts_left_out": trainer.prompts_left_out,
+        "weights_mb": round(weights_mb(trainer.model), 1),
+        "base_mb": round(weights_mb(trainer.model.base.model, adapters=False), 1),
+        "train_seconds": round(seconds, 1),
+    }
+
+
+def weights_mb(model: Any, adapters: bool = True) -> float:
+    """Megabytes of distinct parameter storage; without adapters, of the base alone."""
+    parameters = (p for name, p in model.named_parameters() if adapters or "lora_" not in name)
+    return sum({p.data_ptr(): p.numel() * p.element_size() for p in parameters}.values()) / 1e6

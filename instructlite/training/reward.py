@@ -1,0 +1,266 @@
+"""The reward model, the second stage of InstructGPT: a scalar head and an adapter, from comparisons and rankings.
+
+One row is one prompt with its K ranked answers: K forward passes instead of K(K-1), all pairs of a prompt in one batch
+element with weight 1/pairs, because pairs dealt out singly overfit within an epoch (Ouyang 2022, section 3.5). TRL's
+RewardTrainer does the rest. Answers are scored at the token that ends them, as PPO will score its own.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from statistics import NormalDist, fmean, pstdev
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import RewardConfig, RewardTrainer
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from ..config import RewardOptions
+from ..data.records import as_groups
+from ..errors import InstructLiteError
+from ..models.base import Base, base_of, lora_config
+from ..models.manifest import Adapter, verify
+from .ppo_math import ranking_loss
+from .recipe import Recipe, Run, full_precision, parent_of, progress, save_adapter, training_metrics, without_dataset_bars
+from .sft import report_too_long
+
+BIAS_SAMPLE = 256  # demonstrations scored for the bias; its standard error is then 1/16 of their spread
+
+
+class RewardRecipe(Recipe, RewardOptions):
+    """Train a reward adapter. With the SFT adapter as `model` it starts from that one, in its shape (`lora` is ignored).
+
+    Afterwards the scores are shifted so that `demonstrations` score 0 on average (without any, the best answers of the
+    training data do). Hugging Face's sequence classifiers have no bias, so the shift stands in the manifest
+    (`score_bias`): the directory loaded with plain PEFT scores `score - score_bias`.
+
+    Metrics: with `eval_data` the held-out accuracy over pairs that are no ties, its 95 % Wilson interval (`eval_accuracy`,
+    `_low`, `_high`, `eval_pairs`; pairs of one ranking are counted as independent) and that of preferring the longer
+    answer (`eval_longer_wins`); `train_accuracy`, measured on each batch before it is learnt from; `score_mean` and
+    `score_std` over the held-out answers (else over the answers that gave the bias), after the shift.
+    """
+
+    name = "reward"
+    config_class = RewardConfig
+
+    def train(self, run: Run) -> None:
+        parent = parent_of(self.model)
+        records = run.records("comparisons", self.data)
+        held_out = [] if self.eval_data is None else run.records("eval", self.eval_data)
+        shown = [] if self.demonstrations is None else run.records("demonstrations", self.demonstrations, "demonstrations")
+        with suppress_seqcls_warning():  # that the head is new is no news
+            base = base_of(self.model, self, head="score")
+        config = self.trainer_config(run, base, train_sampling_strategy="group_by_length")
+        groups = encode_groups(base, records, config.max_length, run)
+        eval_groups = encode_groups(base, held_out, config.max_length, run, "eval_") if held_out else []
+        model = self._model(base, parent)
+        with full_precision(model), without_dataset_bars():
+            trainer = RankingTrainer(
+                model=model, args=config, data_collator=Collator(base.pad_id), train_dataset=Dataset.from_list(groups),
+                eval_dataset=Dataset.from_list(eval_groups) if eval_groups else None, processing_class=base.tokenizer,
+            )  # fmt: skip
+        trainer.head_learning_rate_scale = self.head_learning_rate_scale
+        run.watch(trainer)
+        start = time.perf_counter()
+        trainer.train()
+        run.metrics |= training_metrics(trainer, time.perf_counter() - start)
+        run.metrics["train_accuracy"] = mean_over_steps("accuracy", trainer.state.log_history)
+        bias = self._measure(run, trainer, self._anchors(base, shown, groups, config.max_length), eval_groups)
+        save_adapter(model, base, run.directory, role="reward", score_bias=bias, parents={"sft": parent.sha256} if parent else None)
+
+    def _model(self, base: Base, parent: Adapter | None) -> PeftModel:
+        head = ScalarHead(base.model.config.get_text_config().hidden_size).to(base.device)
+        base.model.score = head
+        if parent is None:
+            return get_peft_model(base.model, _with_head(lora_config(self.lora, base.model, "SEQ_CLS")))
+        verify(parent, base)
+        model = get_peft_model(base.model, _with_head(PeftConfig.from_pretrained(str(parent.path))))
+        weights = load_file(parent.path / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(model, weights | {"base_model.model.score.weight": head.weight.data})
+        missing = [name for name in result.missing_keys if ".lora_" in name]
+        if result.unexpected_keys or missing:
+            odd = (result.unexpected_keys + missing)[0]
+            raise InstructLiteError(f"{parent.path}: does not fit a reward model ({odd}); start from the base model instead")
+        return model
+
+    def _anchors(self, base: Base, demonstrations: list[dict], groups: list[dict], max_length: int | None) -> list[list[int]]:
+        """Token sequences that shall score 0 on average: at most BIAS_SAMPLE demonstrations, or best answers."""
+        if demonstrations:
+            anchors = [base.encode_prompt(row["prompt"]) + base.encode_completion(row["completion"]) for row in demonstrations]
+        else:
+            anchors = [row["responses_ids"][row["ranks"].index(min(row["ranks"]))] for row in groups]
+        fitting = [ids for ids in anchors if max_length is None or len(ids) <= max_length] or anchors
+        return random.Random(self.seed).sample(fitting, min(BIAS_SAMPLE, len(fitting)))
+
+    def _measure(self, run: Run, trainer: RewardTrainer, anchors: list[list[int]], held_out: list[dict]) -> float:
+        """The bias; everything measured of the finished model goes into the metrics."""
+        sequences = anchors + [ids for group in held_out for ids in group["responses_ids"]]
+        scores = score_sequences(trainer, sequences)
+        bias = -fmean(scores[: len(anchors)])
+        rest = iter(scores[len(anchors) :])
+        by_group = [[next(rest) for _ in group["ranks"]] for group in held_out]
+        spread = [score + bias for score in scores[len(anchors) if held_out else 0 :]]
+        run.metrics |= {"score_bias": bias, "score_mean": fmean(spread), "score_std": pstdev(spread)}
+        if held_out:
+            right, pairs = right_pairs(by_group, held_out)
+            longer, _ = right_pairs([[len(ids) for ids in group["responses_ids"]] for group in held_out], held_out)
+            low, high = wilson(right, pairs)
+            run.metrics |= {
+                "eval_accuracy": right / pairs, "eval_accuracy_low": low, "eval_accuracy_high": high, "eval_pairs": pairs,
+                "eval_longer_wins": longer / pairs,
+            }  # fmt: skip
+        return bias
+
+
+class ScalarHead(nn.Linear):
+    """hidden -> 1 without a bias, in fp32 whatever the base computes in; small at first (Stiennon 2020: 1/sqrt(hidden + 1))."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.weight, std=(hidden_size + 1) ** -0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float())
+
+
+def _with_head(config: LoraConfig) -> LoraConfig:
+    config.task_type, config.inference_mode, config.modules_to_save = "SEQ_CLS", False, ["score"]
+    return config
+
+
+def encode_groups(base: Base, records: list[dict], max_length: int | None, run: Run, prefix: str = "") -> list[dict]:
+    """Comparisons and rankings as {responses_ids: K token lists with the prompt in each, ranks: K, length: the longest}.
+
+    A group without a pair (all ranks tied) teaches nothing; one with an answer beyond `max_length` is left out whole.
+    """
+    groups = []
+    for group in as_groups(records):
+        if len(set(group["ranks"])) < 2:
+            continue
+        prompt = base.encode_prompt(group["prompt"])
+        responses = [prompt + base.encode_completion(text) for text in group["responses"]]
+        groups.append({"responses_ids": responses, "ranks": [float(rank) for rank in group["ranks"]], "length": max(map(len, responses))})
+    if tied := len(records) - len(groups):
+        run.metrics[f"{prefix}groups_tied"] = tied
+        run.note(f"left out {tied} of {len(records)} {prefix}groups: all their answers are tied")
+    if not groups:
+        raise InstructLiteError(f"all {len(records)} {prefix}groups are ties: there is no pair to learn from; bring comparisons")
+    kept = [group for group in groups if max_length is None or group["length"] <= max_length]
+    report_too_long(run, [group["length"] for group in groups], len(kept), max_length, prefix, "groups")
+    return kept
+
+
+@dataclass
+class Collator:
+    """Groups -> right-padded `input_ids` and `attention_mask` (answers, length) with `groups` and `ranks` (answers,)."""
+
+    pad_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        answers = [torch.tensor(ids) for row in rows for ids in row["responses_ids"]]
+        lengths = torch.tensor([len(answer) for answer in answers])
+        ids = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=self.pad_id)
+        return {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+            "groups": torch.tensor([number for number, row in enumerate(rows) for _ in row["ranks"]]),
+            "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
+        }
+
+
+class RankingTrainer(RewardTrainer):
+    """TRL's RewardTrainer on groups of K ranked answers, with a learning rate of its own for the head.
+
+    Relies on trl 1.16: `_prepare_dataset` (called on each data set), `_set_signature_columns_if_needed` (columns that
+    reach the collator and the length-grouping sampler), `_metrics` (averaged and emptied by `log`), and a `compute_loss`
+    that is a mean per micro-batch (`loss_is_scaled_for_ga = False`).
+    """
+
+    head_learning_rate_scale = 1.0
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # tokenized already
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["responses_ids", "ranks", "length"]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        scores = outputs.logits[:, 0].float()
+        loss, accuracy = ranking_loss(scores, inputs["groups"], inputs["ranks"], self.args.center_rewards_coefficient or 0.0)
+        with torch.no_grad():
+            measured = torch.stack([accuracy, scores.mean(), scores.std(), inputs["attention_mask"].sum().float()])
+            accuracy, mean, std, tokens = self.accelerator.reduce(measured, "mean").tolist()
+        metrics = self._metrics["train" if model.training else "eval"]
+        for name, value in {"accuracy": accuracy, "mean_reward": mean, "std_reward": std}.items():
+            metrics[name].append(value)
+        self._total_train_tokens += tokens * self.accelerator.num_processes if model.training else 0
+        metrics["num_tokens"] = [self._total_train_tokens]
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        head = next(p for name, p in self.model.named_parameters() if "score.modules_to_save" in name)
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p is not head]
+        options = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+        optimizer.add_param_group({**options, "params": [head], "lr": self.args.learning_rate * self.head_learning_rate_scale})
+        return optimizer
+
+
+def mean_over_steps(metric: str, logs: list[dict[str, Any]]) -> float:
+    """Mean over all steps of what the logs give as means over the steps since the log before."""
+    logged = [(log["step"], log[metric]) for log in logs if metric in log]
+    before = [0, *(step for step, _ in logged)]
+    return sum((step - last) * value for last, (step, value) in zip(before, logged, strict=False)) / logged[-1][0]
+
+
+@torch.no_grad()
+def score_sequences(trainer: RewardTrainer, sequences: list[list[int]]) -> list[float]:
+    """What the model in training gives each sequence, without any bias."""
+    model, size = trainer.model.eval(), 2 * trainer.args.per_device_eval_batch_size
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # similar lengths share a batch: less padding
+    scores = [0.0] * len(sequences)
+    with progress("reward: scoring", len(sequences)) as advance:
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            batch = trainer.data_collator([{"responses_ids": [sequences[i]], "ranks": [0.0]} for i in rows])
+            inputs = {name: batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask")}
+            with trainer.accelerator.autocast():
+                logits = model(**inputs, use_cache=False).logits[:, 0]
+            for i, value in zip(rows, logits.float().tolist(), strict=True):
+                scores[i] = value
+            advance(len(rows))
+    return scores
+
+
+def right_pairs(values: list[Sequence[float]], groups: list[dict]) -> tuple[float, int]:
+    """How many pairs that are no ties have the higher value at the better answer (equal values: a half), and of how many."""
+    right, pairs = 0.0, 0
+    for value, group in zip(values, groups, strict=True):
+        for better, worse in permutations(range(len(value)), 2):
+            if group["ranks"][better] < group["ranks"][worse]:
+                pairs += 1
+                right += 0.5 * ((value[better] > value[worse]) + (value[better] >= value[worse]))
+    return right, pairs
+
+
+def wilson(right: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share (1927): unlike the normal one it stays within 0 and 1, and holds for small n."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share, spread = right / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
+    return middle - half, middle + half

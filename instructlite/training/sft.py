@@ -1,0 +1,104 @@
+"""Supervised fine-tuning, the first stage of InstructGPT: TRL's SFTTrainer on tokens that InstructLite made itself.
+
+The tokens are those of every other stage (`encode_prompt` + `encode_completion`), so prompts are never tokenized one way
+here and another way in PPO; the loss is that of the completion, with the token that ends it. Rows longer than
+`max_length` are left out and counted: cut, they would teach the model not to end.
+"""
+
+import math
+import time
+from statistics import quantiles
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from trl import SFTConfig, SFTTrainer
+
+from ..config import SFTOptions
+from ..errors import InstructLiteError
+from ..models.base import Base, base_of, lora_config
+from ..models.manifest import Adapter, verify
+from .recipe import Recipe, Run, full_precision, parent_of, progress, save_adapter, training_metrics, without_dataset_bars
+
+
+class SFTRecipe(Recipe, SFTOptions):
+    """Fine-tune an adapter on demonstrations; with an adapter as `model`, go on training that one (`lora` is then its own).
+
+    Metrics: `train_loss`, `rows_too_long`, and with `eval_data` the held-out loss in nats per completion token before and
+    after (`eval_loss_before`, `eval_loss`) with the perplexities.
+    """
+
+    name = "sft"
+    config_class = SFTConfig
+
+    def train(self, run: Run) -> None:
+        parent = parent_of(self.model)
+        demonstrations = run.records("demonstrations", self.data, "demonstrations")
+        held_out = None if self.eval_data is None else run.records("eval", self.eval_data, "demonstrations")
+        base = base_of(self.model, self)
+        # TRL masks the prompts of rows that come tokenized only when told to.
+        config = self.trainer_config(run, base, completion_only_loss=True)
+        rows = completions(base, demonstrations, config.max_length, run)
+        eval_rows = None if held_out is None else completions(base, held_out, config.max_length, run, "eval_")
+        model = self._model(base, parent)
+        with full_precision(model), without_dataset_bars():
+            trainer = SFTTrainer(model=model, args=config, train_dataset=rows, eval_dataset=eval_rows, processing_class=base.tokenizer)
+        run.watch(trainer)
+        if eval_rows is not None:
+            run.metrics |= held_out_metrics(trainer, "_before")
+        start = time.perf_counter()
+        trainer.train()
+        run.metrics |= training_metrics(trainer, time.perf_counter() - start)
+        if eval_rows is not None:
+            run.metrics |= held_out_metrics(trainer)
+        save_adapter(model, base, run.directory, role="policy", parents={"sft": parent.sha256} if parent else None)
+
+    def _model(self, base: Base, parent: Adapter | None) -> PeftModel:
+        if parent is None:
+            return get_peft_model(base.model, lora_config(self.lora, base.model, "CAUSAL_LM"))
+        verify(parent, base)
+        return PeftModel.from_pretrained(base.model, str(parent.path), is_trainable=True)
+
+
+def completions(base: Base, records: list[dict], max_length: int | None, run: Run, prefix: str = "") -> Dataset:
+    """Demonstrations as rows of `input_ids` and `completion_mask` (1 on the answer and its end token)."""
+    rows = []
+    for record in records:
+        prompt, answer = base.encode_prompt(record["prompt"]), base.encode_completion(record["completion"])
+        rows.append({"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)})
+    lengths = [len(row["input_ids"]) for row in rows]
+    kept = [row for row, length in zip(rows, lengths, strict=True) if max_length is None or length <= max_length]
+    report_too_long(run, lengths, len(kept), max_length, prefix, "rows")
+    return Dataset.from_list(kept)
+
+
+def report_too_long(run: Run, lengths: list[int], kept: int, max_length: int | None, prefix: str, what: str) -> None:
+    """Count what is longer than `max_length` into the metrics and say so; refuse to go on with nothing."""
+    dropped = len(lengths) - kept
+    run.metrics[f"{prefix}{what}_too_long"] = dropped
+    if not kept:
+        longest = quantiles(lengths, n=20)[-1] if len(lengths) > 1 else lengths[0]
+        raise InstructLiteError(
+            f"all {len(lengths)} {prefix}{what} are longer than training.max_length={max_length} tokens "
+            f"(95 % of them have at most {longest:.0f}): raise it, or bring shorter ones"
+        )
+    if dropped:
+        run.note(f"left out {dropped} of {len(lengths)} {prefix}{what}: longer than training.max_length={max_length} tokens")
+
+
+@torch.no_grad()
+def held_out_metrics(trainer: SFTTrainer, suffix: str = "") -> dict[str, float]:
+    """Loss per completion token over the held-out rows, in nats, and its perplexity.
+
+    Trainer's own `eval_loss` is a mean of batch means, which changes with the batch size.
+    """
+    model, loader = trainer.model.eval(), trainer.get_eval_dataloader()
+    nats = tokens = 0.0
+    with progress("sft: held-out loss", len(loader)) as advance:
+        for inputs in loader:
+            with trainer.accelerator.autocast():
+                output = model(**inputs, use_cache=False, fused_lm_head=True)  # the head that TRL trains with
+            nats -= output.log_probs.double().sum().item()
+            tokens += output.label_mask.sum().item()
+            advance()
+    return {f"eval_loss{suffix}": nats / tokens, f"eval_perplexity{suffix}": math.exp(nats / tokens)}
