@@ -1,0 +1,194 @@
+"""The verbs of the command line. What is heavy is imported inside a command, so that `--help` answers at once.
+
+A user's mistake is one line on stderr and exit code 2; `--debug` shows the traceback.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import __version__
+from .errors import BadRecords, InstructLiteError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .config import Loop
+    from .pipeline import StageRun
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
+app.add_typer(data_app, name="data")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run a command, turn a user's mistake into one line. `--debug` may stand anywhere on the line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(args=[argument for argument in arguments if argument != "--debug"], prog_name="instructlite")
+    except InstructLiteError as error:
+        if "--debug" in arguments:
+            raise
+        opening = "the data has faults, nothing was trained:\n" if isinstance(error, BadRecords) else ""
+        print(f"instructlite: {opening}{error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"instructlite {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """SFT, reward model and PPO as adapters of one base model, and a report on what came of it."""
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo")) -> None:
+    """Run the whole loop on the embedded 135M model and the starter data. A CPU is enough."""
+    from .config import load_loop
+
+    _run(load_loop("smollm2-135m"), output)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name (instructlite recipes) or file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options over the recipe, such as ppo.kl_coef=0.1.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run directory.", show_default="runs/RECIPE")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="One stage alone: data, sft, reward, judge, ppo or report.")] = None,
+) -> None:
+    """Run a recipe: data, SFT, reward model, judge, PPO, report. What is done already is kept."""
+    from .config import load_loop
+
+    _run(load_loop(recipe, overrides or []), output or Path("runs") / Path(recipe).stem, only)
+
+
+@app.command("recipes")
+def show_recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this one, to copy it: instructlite recipes NAME > mine.yaml")
+    ] = None,
+) -> None:
+    """List the recipes, or print one."""
+    from .config import recipe_path, recipes
+
+    if name:
+        print(recipe_path(name).read_text(encoding="utf-8"), end="")
+        return
+    known = recipes()
+    width = max(map(len, known))
+    for recipe, path in known.items():
+        title = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").partition(". ")[0]
+        print(f"{recipe:{width}}  {title}")
+
+
+@data_app.command("check")
+def data_check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="JSONL files.")],
+    kind: Annotated[
+        str | None, typer.Option(help="demonstrations, comparisons, rankings, prompts or texts.", show_default="told from the keys")
+    ] = None,
+) -> None:
+    """Name every broken line of JSONL files; exit code 2 if there is one."""
+    from .data.records import KINDS, check_file
+
+    if kind not in (None, *KINDS):
+        raise InstructLiteError(f"--kind {kind}: choose {', '.join(KINDS)}")
+    reports = [check_file(file, kind) for file in files]
+    for report in reports:
+        print(report)
+    if any(report.problems for report in reports):
+        raise typer.Exit(2)
+
+
+@app.command()
+def evaluate(
+    candidates: Annotated[
+        list[str], typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or adapters to compare; 'base' is the base alone.")
+    ],
+    prompts: Annotated[Path | None, typer.Option(help="Held-out prompts (JSONL).", show_default="the run's")] = None,
+    judge: Annotated[Path | None, typer.Option(help="A reward adapter that PPO did not see.", show_default="the run's")] = None,
+    samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
+) -> None:
+    """Write the report of a run anew, or compare adapters of one base."""
+    from .config import load_loop
+
+    run_directory = Path(candidates[0])
+    is_run = len(candidates) == 1 and (run_directory / "recipe.yaml").is_file()
+    if is_run and prompts is judge is output is None:
+        given = [] if samples is None else [f"evaluation.samples={samples}"]
+        _run(load_loop(run_directory / "recipe.yaml", given), run_directory, "report")
+        return
+    if is_run:
+        candidates = ["base", str(run_directory / "sft"), str(run_directory / "ppo")]
+        prompts, judge = prompts or run_directory / "data" / "heldout_prompts.jsonl", judge or run_directory / "judge"
+    if prompts is None or judge is None or output is None:
+        raise InstructLiteError("to compare adapters, give --prompts FILE, --judge ADAPTER and --output DIRECTORY for the report")
+    _hush_libraries()
+    from .evaluation.compare import evaluate as compare
+
+    options = {} if samples is None else {"samples": samples}
+    print(compare(candidates, data=prompts, judge=judge, output_dir=output, **options))
+    print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
+
+
+def _run(loop: "Loop", output: Path, only: str | None = None) -> None:
+    from rich.console import Console
+
+    _hush_libraries()
+    from .pipeline import run_loop
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    start = time.perf_counter()
+    result = run_loop(loop, output, only=only, say=lambda line: console.print(f"[{_clock(time.perf_counter() - start)}] {line}"))
+    if result.report is not None:
+        print(f"\n{result.report}")
+    console.print()
+    console.print(_stage_table(result.stages))
+    report = output / "report" / "report.md"
+    console.print(f"\nAll of it is in {output}, its recipe in {output / 'recipe.yaml'}.")
+    if report.is_file():
+        console.print(f"Read {report}. Then, with your own data:")
+        console.print(f"  instructlite run {output / 'recipe.yaml'} data.comparisons=mine.jsonl --output runs/mine")
+    else:
+        console.print(f"Next: instructlite run {output / 'recipe.yaml'} --output {output}")
+
+
+def _stage_table(stages: "list[StageRun]") -> "Table":
+    from rich.table import Table
+
+    gpu = any(stage.peak_gpu_mb for stage in stages)
+    table = Table("stage", "took", "peak memory", *(["on the GPU"] if gpu else []), "written to", box=None)
+    for stage in stages:
+        took = f"{_clock(stage.seconds)}{' (before)' if stage.skipped else ''}"
+        memory = [f"{peak:,.0f} MB" if peak else "-" for peak in (stage.peak_rss_mb, stage.peak_gpu_mb)]
+        table.add_row(stage.stage, took, *memory[: 2 if gpu else 1], str(stage.path))
+    return table
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _hush_libraries() -> None:
+    """One voice on the terminal: ours. Warnings of the libraries that matter become errors of ours; their bars would repeat ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()

@@ -1,0 +1,371 @@
+"""What a recipe file may say: the options of every stage as dataclasses, and the loader of YAML plus `key=value`.
+
+The dataclasses are also the constructor arguments of the recipe classes, so a recipe file and a Python call use the same
+names. What stands under `training:` is not looked at here: TRL's own config classes (and our PPOConfig) check it.
+"""
+
+import difflib
+import os
+import re
+import types
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .errors import InstructLiteError
+
+REQUIRED = "???"
+STAGES = ("data", "sft", "reward", "judge", "ppo", "report")
+
+
+@dataclass(kw_only=True)
+class Lora:
+    """The low-rank adapter that a stage trains (Hu et al. 2021)."""
+
+    r: int = 16
+    """Rank."""
+    alpha: int = 32
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """On the adapter's input, while training. PPO needs 0: its ratios compare two passes over the same tokens."""
+    targets: str | list[str] = "all-linear"
+    """Module names that get an adapter, or "all-linear": every linear layer but the output head."""
+    top_layers: int | None = None
+    """Only the last n layers get adapters, so that all roles share one pass through the layers below. None: every layer."""
+
+    def __post_init__(self) -> None:
+        _check(Lora, vars(self), "lora")
+        if self.r < 1 or (self.top_layers is not None and self.top_layers < 1):
+            raise InstructLiteError(f"lora.r and lora.top_layers must be at least 1, not {self.r} and {self.top_layers}")
+
+
+@dataclass(kw_only=True)
+class BaseOptions:
+    """How the base model is loaded. Where `model` is an adapter, its manifest answers what is not given here."""
+
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """bitsandbytes' 4-bit NormalFloat or 8-bit weights for the frozen base; adapters stay in full precision."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the frozen base's weights. "auto" chooses by device."""
+    chat_template: str | None = None
+    """"chatml" or "plain", or the path of a .jinja file. None: the tokenizer's own."""
+    revision: str | None = None
+    """Branch, tag or commit of the base on the Hub."""
+
+    def __post_init__(self) -> None:
+        _check(BaseOptions, {name: getattr(self, name) for name in get_type_hints(BaseOptions)}, type(self).__name__)
+
+
+@dataclass(kw_only=True)
+class SFTOptions(BaseOptions):
+    """Supervised fine-tuning on demonstrations."""
+
+    model: Any
+    """Hub id or path of a base model, or an Adapter (or its directory) to go on from."""
+    data: Any
+    """Demonstrations: a JSONL path, several, a Hub data set, "starter", or rows."""
+    eval_data: Any = None
+    """Held-out demonstrations. None: no evaluation."""
+    lora: Lora = field(default_factory=Lora)
+    seed: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+    """Goes to trl.SFTConfig untouched."""
+
+
+@dataclass(kw_only=True)
+class RewardOptions(BaseOptions):
+    """A scalar reward model from comparisons and rankings."""
+
+    model: Any
+    """The SFT adapter to start from (InstructGPT), or a base model."""
+    data: Any
+    """Comparisons, rankings, or both."""
+    eval_data: Any = None
+    """Held-out comparisons and rankings: the accuracy is measured on them."""
+    demonstrations: Any = None
+    """The scores are shifted so that these score 0 on average. None: no shift."""
+    lora: Lora = field(default_factory=Lora)
+    head_learning_rate_scale: float = 5.0
+    """The new scalar head learns this many times faster than the adapter."""
+    seed: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+    """Goes to trl.RewardConfig untouched."""
+
+
+@dataclass(kw_only=True)
+class PPOOptions(BaseOptions):
+    """PPO against a reward model, with a KL penalty to the policy it starts from."""
+
+    model: Any
+    """The SFT adapter that the policy starts from and is held to, or a base model."""
+    reward: Any
+    """The reward adapter, of the same base."""
+    data: Any
+    """Prompts."""
+    kl_coef: float = 0.05
+    """Weight of the KL penalty in the reward, per token, in nats. Short for `training.kl_coef`."""
+    value_from: Literal["sft", "reward"] = "sft"
+    """What the value adapter starts as: a copy of the policy's with a zero head, or of the reward model's (InstructGPT)."""
+    lora: Lora = field(default_factory=Lora)
+    """Only used where `model` is a base without an adapter."""
+    seed: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+    """Goes to PPOConfig untouched."""
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions:
+    """How the candidates answer the held-out prompts."""
+
+    prompts: int | None = None
+    """The first n held-out prompts. None: all."""
+    samples: int = 2
+    """Answers to each prompt from each candidate."""
+    max_new_tokens: int = 48
+    max_prompt_length: int | None = None
+    """Prompts of more tokens are left out. None: none is."""
+    temperature: float = 1.0
+    """1 samples from the distribution that PPO trained."""
+    greedy: bool = True
+    """Compare greedy answers too: they tell how much of a gain is only lower entropy."""
+    batch_size: int = 32
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Where the records come from and how they are split. No prompt is ever in two parts.
+
+    A part is a number of rows (an int), a fraction of all rows (a float below 1), or a file of its own (a path).
+    """
+
+    demonstrations: str | list[str] = "starter"
+    comparisons: str | list[str] = "starter"
+    rankings: str | list[str] | None = None
+    """Trained on and held out together with the comparisons."""
+    prompts: str | list[str] | None = None
+    """PPO's prompts. None: those of the reward model's comparisons."""
+    heldout_demonstrations: int | float | str = 0.1
+    """Perplexity is measured on these."""
+    judge: int | float | str = 0.4
+    """Comparisons for the judge: a second reward model that PPO never sees."""
+    heldout: int | float | str = 0.15
+    """Comparisons that neither reward model sees: their accuracy is measured on them, and evaluation uses their prompts."""
+    demonstration_limit: int | None = None
+    """At most so many rows train SFT. None: all that are left."""
+    comparison_limit: int | None = None
+    """At most so many rows train the reward model. None: all that are left."""
+    prompt_characters: int | None = None
+    """Conversations longer than this are no prompts for PPO and evaluation (a token is about four). None: all are."""
+    prompt_limit: int | None = None
+    """PPO goes through at most so many prompts, again and again. None: all."""
+    seed: int = 0
+    """Of the split."""
+
+    def __post_init__(self) -> None:
+        for name in ("heldout_demonstrations", "judge", "heldout"):
+            part = getattr(self, name)
+            if isinstance(part, (int, float)) and (part <= 0 or (isinstance(part, float) and part >= 1)):
+                raise InstructLiteError(f"data.{name} is {part}: give a fraction between 0 and 1, a number of rows, or a file")
+        whole = [part for part in (self.judge, self.heldout) if isinstance(part, float)]
+        if sum(whole) >= 1:
+            raise InstructLiteError(f"data.judge and data.heldout take {sum(whole):g} of the comparisons: nothing is left to train on")
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """One recipe file: the whole loop for one base model. A stage's section holds what differs from the top."""
+
+    model: str
+    """Hub id or path of the base; "smollm2-135m" is the embedded one."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    chat_template: str | None = None
+    revision: str | None = None
+    seed: int = 0
+    lora: Lora = field(default_factory=Lora)
+    data: DataOptions = field(default_factory=DataOptions)
+    sft: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
+    """What differs from `reward`: the judge is a reward model too."""
+    ppo: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    def options(self, stage: str) -> dict[str, Any]:
+        """The keyword arguments of the stage's recipe class, but for those that the pipeline wires (`model`, `data`, …)."""
+        section = merge(self.reward, self.judge) if stage == "judge" else getattr(self, stage)
+        top = {name: getattr(self, name) for name in ("quantization", "dtype", "chat_template", "revision", "seed")}
+        lora = Lora(**merge(asdict(self.lora), section.get("lora", {})))
+        return {**top, **section, "lora": lora}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `load_loop` reads back. Sections stay as given: filled in, they would override the top."""
+        return asdict(self)
+
+
+SECTIONS: dict[str, type] = {"sft": SFTOptions, "reward": RewardOptions, "judge": RewardOptions, "ppo": PPOOptions}
+_WIRED = {"model", "data", "eval_data", "demonstrations", "reward"}
+
+
+def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = ()) -> Loop:
+    """Read a recipe (a name that `instructlite recipes` lists, or a file) and lay `key=value` over it; dots go down: `sft.lora.r=8`.
+
+    Raises InstructLiteError for an unknown key (with the nearest known one), a wrong type, and a `???` left unfilled.
+    """
+    path = recipe_path(name_or_path)
+    try:
+        values = _parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InstructLiteError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise InstructLiteError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise InstructLiteError(f"{path}: a recipe is a mapping of keys, such as 'model: smollm2-135m'")
+    _check(Loop, values, str(path))
+    for override in overrides:
+        given = _parse_override(override)
+        _check(Loop, given, f"'{override}'")
+        values = merge(values, given)
+    missing = _unfilled({"model": REQUIRED, **values})
+    if missing:
+        raise InstructLiteError(f"{path}: required: {', '.join(missing)}; add {' '.join(f'{key}=VALUE' for key in missing)} to the command")
+    try:
+        loop = _build(Loop, values)
+        for stage in SECTIONS:
+            loop.options(stage)  # what a section does to the top is checked before anything is trained
+        return loop
+    except InstructLiteError as error:
+        raise InstructLiteError(f"{path}: {error}") from error
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with InstructLite, by name."""
+    inside = Path(__file__).parent / "recipes"  # in a wheel; in a checkout the folder stands beside the package
+    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_path(name_or_path: str | os.PathLike) -> Path:
+    """The file of a recipe given by name or by path."""
+    known = recipes()
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    raise InstructLiteError(f"no recipe or file '{name_or_path}'{_nearest(path.stem, known)}; list the recipes: instructlite recipes")
+
+
+def merge(under: Mapping, over: Mapping) -> dict:
+    """`over` laid on `under`, mapping by mapping; a list replaces a list."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-3 as a number (PyYAML's YAML 1.1 reads a string), and without keys that silently replace a twin."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain data only
+
+
+def _parse_override(override: str) -> dict:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise InstructLiteError(f"'{override}': an option over a recipe is written key=value, such as ppo.kl_coef=0.1")
+    try:
+        value = _parse(text)
+    except yaml.YAMLError as error:
+        raise InstructLiteError(f"'{override}': the value is not YAML: {' '.join(str(error).split())}") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _unfilled(values: Mapping, above: str = "") -> list[str]:
+    unfilled = []
+    for key, value in values.items():
+        unfilled += _unfilled(value, f"{above}{key}.") if isinstance(value, Mapping) else [above + key] * (value == REQUIRED)
+    return unfilled
+
+
+def _check(cls: type, values: Mapping, where: str, above: str = "") -> None:
+    """Refuse keys that `cls` has not and values that its annotations do not allow. `where` opens the message."""
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise InstructLiteError(f"{where}: {above}{key} is not an option{_nearest(str(key), hints)}")
+        if value == REQUIRED:
+            continue
+        if cls is Loop and key in SECTIONS:
+            _check_section(key, value, where)
+        elif is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _check(hints[key], value, where, f"{above}{key}.")
+        elif not _fits(value, hints[key]):
+            raise InstructLiteError(f"{where}: {above}{key} must be {_in_words(hints[key])}, not {value!r}")
+
+
+def _check_section(stage: str, values: Any, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise InstructLiteError(f"{where}: {stage} must be a mapping of options, not {values!r}")
+    wired = next((key for key in values if key in _WIRED), None)
+    if wired:
+        raise InstructLiteError(f"{where}: {stage}.{wired} is set by the loop itself: give 'model' or 'data.…' at the top")
+    _check(SECTIONS[stage], values, where, f"{stage}.")
+
+
+def _build(cls: type, values: Mapping) -> Any:
+    hints = get_type_hints(cls)
+    return cls(**{key: _build(hints[key], value) if is_dataclass(hints[key]) else value for key, value in values.items()})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(one, *get_args(hint)) for one in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_in_words(one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) is list:
+        return "a list"
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false", dict: "a mapping", type(None): "null"}
+    return words.get(get_origin(hint) or hint, "a mapping of options")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"

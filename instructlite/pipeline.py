@@ -1,0 +1,259 @@
+"""Run a recipe file's stages in order: data, SFT, reward model, judge, PPO, report.
+
+Stages talk through the run directory only. `stages.json` there remembers what each finished stage was made from (its
+options, the data files, the adapters before it); a stage that would be made from the same again is skipped, one that was
+interrupted is not in the file and starts over. Nothing is printed here: lines for the user go through `say`.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .config import SECTIONS, STAGES, DataOptions, Loop
+from .data.records import as_groups, data_hash, read_records, split_by_prompt, write_records
+from .errors import BadRecords, InstructLiteError
+from .models.manifest import NAME as MANIFEST
+from .models.manifest import is_adapter, sha256_file
+
+if TYPE_CHECKING:
+    from .evaluation.report import Report
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What became of a stage. Seconds and peak memory are those of the run that made it, also where it was skipped now."""
+
+    stage: str
+    path: Path
+    skipped: bool
+    seconds: float
+    peak_rss_mb: float | None = None
+    """Most memory that the process had held by the end of the stage. None: this system does not tell."""
+    peak_gpu_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class LoopRun:
+    """What `run_loop` did."""
+
+    directory: Path
+    stages: list[StageRun]
+    report: "Report | None"
+    """None where the report was skipped, or left out by `only`."""
+
+
+def run_loop(loop: Loop, output_dir: str | os.PathLike, *, only: str | None = None, say: Say = lambda line: None) -> LoopRun:
+    """Run the loop into `output_dir`, skipping what is done.
+
+    only: run this stage alone, again if it is done, on what the stages before it left there. Raises InstructLiteError
+    before anything is trained if a data file or a `training:` block has faults.
+    """
+    if only is not None and only not in STAGES:
+        raise InstructLiteError(f"--only {only}: no such stage; stages: {', '.join(STAGES)}")
+    # Every `training:` block goes through its config class now, not when its stage begins, minutes or hours from here.
+    for stage in SECTIONS:
+        if only in (None, stage):
+            recipe_class(stage).check_training(loop.options(stage).get("training", {}))
+    run = Path(output_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(loop.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    ledger = Ledger(run / "stages.json")
+    done: list[StageRun] = []
+    report = None
+    # 1. Data: read and split again each time, which takes seconds and is how a changed file is noticed
+    if only in (None, "data") or not (run / "data" / "data.json").is_file():
+        with ledger.running("data", made_from="sources"):
+            say(f"data: {prepare_data(loop.data, run / 'data')}")
+        done.append(ledger.stage_run("data", run / "data", skipped=False))
+    # 2. SFT  3. Reward model  4. Judge  5. PPO
+    for stage in SECTIONS:
+        if only in (None, stage):
+            done.append(_train(stage, loop, run, ledger, again=only is not None, say=say))
+    # 6. Report
+    if only in (None, "report"):
+        stage_run, report = _report(loop, run, ledger, again=only is not None, say=say)
+        done.append(stage_run)
+    return LoopRun(run, done, report)
+
+
+def prepare_data(options: DataOptions, directory: Path) -> str:
+    """Read, split and write the run's records as JSONL, with `data.json` (rows and hashes of each file); returns a summary.
+
+    Raises BadRecords with the faults of all sources together.
+    """
+    sources: dict[str, tuple[Any, str | None]] = {
+        "demonstrations": (options.demonstrations, "demonstrations"),
+        "comparisons": (options.comparisons, "comparisons"),
+        "rankings": (options.rankings, "rankings"),
+        "prompts": (options.prompts, "prompts"),
+        "heldout_demonstrations": (_file(options.heldout_demonstrations), "demonstrations"),
+        "judge": (_file(options.judge), None),
+        "heldout": (_file(options.heldout), None),
+    }
+    rows = _read_all({name: source for name, source in sources.items() if source[0] is not None})
+    heldout_demonstrations = {"heldout_demonstrations": options.heldout_demonstrations}
+    sft = _split(rows["demonstrations"], "demonstrations", options.demonstration_limit, heldout_demonstrations, options.seed)
+    # One file holds one kind of record; a comparison is a ranking of two.
+    preferences = as_groups([*rows["comparisons"], *rows["rankings"]]) if "rankings" in rows else rows["comparisons"]
+    compared = _split(preferences, "reward", options.comparison_limit, {"judge": options.judge, "heldout": options.heldout}, options.seed)
+    parts = {**rows, **sft, **compared}
+    parts["prompts"] = _prompts(rows.get("prompts", parts["reward"]), options.prompt_characters)[: options.prompt_limit]
+    parts["heldout_prompts"] = _prompts(parts["heldout"], options.prompt_characters)
+    for name in ("prompts", "heldout_prompts"):
+        if not parts[name]:
+            raise InstructLiteError(f"data.prompt_characters={options.prompt_characters} leaves no {name}; raise it")
+    for name in FILES:
+        write_records(directory / f"{name}.jsonl", parts[name])
+    counts = {name: {"rows": len(parts[name]), "sha256": data_hash(parts[name])} for name in FILES}
+    (directory / "data.json").write_text(json.dumps({"options": asdict(options), "files": counts}, indent=2) + "\n", encoding="utf-8")
+    return ", ".join(f"{len(parts[name])} {name.replace('_', ' ')}" for name in FILES)
+
+
+FILES = ("demonstrations", "heldout_demonstrations", "reward", "judge", "heldout", "prompts", "heldout_prompts")
+
+
+def _file(part: int | float | str) -> str | None:
+    return part if isinstance(part, str) else None
+
+
+def _read_all(sources: Mapping[str, tuple[Any, str | None]]) -> dict[str, list[dict]]:
+    rows, problems = {}, []
+    for name, (source, kind) in sources.items():
+        try:
+            rows[name] = read_records(source, kind)
+        except BadRecords as error:
+            problems += error.problems
+    if problems:
+        raise BadRecords(problems)
+    return rows
+
+
+def _split(records: list[dict], rest: str, limit: int | None, parts: Mapping[str, int | float | str], seed: int) -> dict[str, list[dict]]:
+    """The parts that are numbers or fractions, and what is left, at most `limit` rows of it, under the name `rest`."""
+    own = {name: part for name, part in parts.items() if not isinstance(part, str)}
+    sizes = {name: part if isinstance(part, int) else round(part * len(records)) for name, part in own.items()}
+    left = len(records) - sum(sizes.values())
+    if left < 1:
+        asked = " + ".join(f"data.{name}={parts[name]}" for name in sizes)
+        raise InstructLiteError(f"{asked} takes all {len(records)} rows: nothing is left for training; hold out fewer, or bring more rows")
+    return split_by_prompt(records, {**sizes, rest: min(left, limit or left)}, seed)
+
+
+def _prompts(records: list[dict], characters: int | None) -> list[dict]:
+    """The different conversations of the records, in order, but for those that are too long."""
+    prompts = {json.dumps(record["prompt"]): record["prompt"] for record in records}.values()
+    return [{"prompt": prompt} for prompt in prompts if characters is None or sum(len(turn["content"]) for turn in prompt) <= characters]
+
+
+def recipe_class(stage: str) -> type:
+    """The recipe that trains a stage. Loads torch."""
+    from .training.ppo import PPORecipe
+    from .training.reward import RewardRecipe
+    from .training.sft import SFTRecipe
+
+    return {"sft": SFTRecipe, "reward": RewardRecipe, "judge": RewardRecipe, "ppo": PPORecipe}[stage]
+
+
+def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
+    """What the loop wires into a stage: the directories of the adapters before it, and its data files."""
+    data = run / "data"
+    if stage == "sft":
+        return {"model": loop.model, "data": data / "demonstrations.jsonl", "eval_data": data / "heldout_demonstrations.jsonl"}
+    if stage == "ppo":
+        return {"model": run / "sft", "reward": run / "reward", "data": data / "prompts.jsonl"}
+    if stage == "report":
+        adapters = {name: run / name for name in ("sft", "ppo", "judge", "reward")}
+        return {**adapters, "data": data / "heldout_prompts.jsonl", "heldout_demonstrations": data / "heldout_demonstrations.jsonl"}
+    return {
+        "model": run / "sft",
+        "data": data / f"{stage}.jsonl",
+        "eval_data": data / "heldout.jsonl",
+        "demonstrations": data / "demonstrations.jsonl",
+    }
+
+
+def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", *, again: bool, say: Say) -> StageRun:
+    path, inputs, options = run / stage, stage_inputs(stage, loop, run), loop.options(stage)
+    made_from = _made_from(stage, inputs, {**options, "lora": asdict(options["lora"])})
+    if not again and is_adapter(path) and ledger.has(stage, made_from):
+        say(f"{stage}: kept from before, made from the same options and data ({path})")
+        return ledger.stage_run(stage, path, skipped=True)
+    say(f"{stage}: training")
+    with ledger.running(stage, made_from):
+        recipe_class(stage)(**inputs, **options).run(path)
+    stage_run = ledger.stage_run(stage, path, skipped=False)
+    say(f"{stage}: done in {stage_run.seconds:.0f} s ({path})")
+    return stage_run
+
+
+def _report(loop: Loop, run: Path, ledger: "Ledger", *, again: bool, say: Say) -> tuple[StageRun, "Report | None"]:
+    path, inputs = run / "report", stage_inputs("report", loop, run)
+    made_from = _made_from("report", inputs, asdict(loop.evaluation))
+    if not again and (path / "report.json").is_file() and ledger.has("report", made_from):
+        say(f"report: kept from before, made from the same options and adapters ({path})")
+        return ledger.stage_run("report", path, skipped=True), None
+    from .evaluation.compare import evaluate
+
+    say("report: base, SFT and PPO answer the held-out prompts")
+    sft, ppo, judge, reward = (inputs.pop(name) for name in ("sft", "ppo", "judge", "reward"))
+    with ledger.running("report", made_from):
+        # The judge comes first and leads; the reward model beside it shows what PPO was optimised for.
+        report = evaluate(["base", sft, ppo], judge=[judge, reward], output_dir=path, **inputs, **asdict(loop.evaluation))
+    return ledger.stage_run("report", path, skipped=False), report
+
+
+def _made_from(stage: str, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """One hash of all that decides what a stage makes: options, content of data files, manifests of the adapters before it."""
+    contents = {name: value for name, value in inputs.items() if not isinstance(value, Path)}
+    for name, value in inputs.items():
+        if name in contents:
+            continue
+        file = value if value.suffix == ".jsonl" else value / MANIFEST
+        if not file.is_file():
+            raise InstructLiteError(f"{stage} needs {value}, which is not there: run the stage that makes it first, or leave out --only")
+        contents[name] = sha256_file(file)
+    return hashlib.sha256(json.dumps({"inputs": contents, "options": options}, sort_keys=True).encode()).hexdigest()
+
+
+class Ledger:
+    """`stages.json`: for each finished stage what it was made from, how long that took and how much memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries: dict[str, dict] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def has(self, stage: str, made_from: str) -> bool:
+        return self.entries.get(stage, {}).get("made_from") == made_from
+
+    def stage_run(self, stage: str, path: Path, *, skipped: bool) -> StageRun:
+        entry = self.entries[stage]
+        return StageRun(stage, path, skipped, entry["seconds"], entry.get("peak_rss_mb"), entry.get("peak_gpu_mb"))
+
+    @contextmanager
+    def running(self, stage: str, made_from: str) -> Iterator[None]:
+        """Time the stage and write it down when it has finished; while it runs, and if it fails, it is not in the file."""
+        from .training.recipe import peak_memory
+
+        if self.entries.pop(stage, None):
+            self._write()
+        start = time.perf_counter()
+        yield
+        gc.collect()  # the base that the stage had in memory, before the next one loads its own
+        self.entries[stage] = {"made_from": made_from, "seconds": round(time.perf_counter() - start, 1), **peak_memory()}
+        self._write()
+
+    def _write(self) -> None:
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text(json.dumps(self.entries, indent=2) + "\n", encoding="utf-8")
+        draft.replace(self.path)

@@ -1,0 +1,155 @@
+"""The verbs: what they print, where, and with which exit code."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from instructlite import __version__, cli
+from instructlite.config import load_loop, recipes
+from instructlite.errors import InstructLiteError
+from instructlite.pipeline import LoopRun, StageRun
+
+
+@pytest.fixture
+def run_cli(capsys):
+    def run(*arguments: str) -> SimpleNamespace:
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code or 0, out=captured.out, err=captured.err)
+
+    return run
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """Stands in for run_loop: notes what it was asked for and claims to have made a report."""
+    seen = []
+
+    def run_loop(loop, output, *, only, say):
+        seen.append((loop, output, only))
+        say("sft: training")
+        return LoopRun(
+            output, [StageRun("sft", output / "sft", False, 61.0, 1234.0), StageRun("ppo", output / "ppo", True, 5.0)], "the report"
+        )
+
+    monkeypatch.setattr("instructlite.pipeline.run_loop", run_loop)
+    return seen
+
+
+def test_version(run_cli):
+    assert run_cli("--version").out == f"instructlite {__version__}\n"
+
+
+def test_recipes_are_listed_and_printed_as_they_are(run_cli):
+    listed = run_cli("recipes").out
+    assert all(name in listed for name in recipes())
+    assert run_cli("recipes", "smollm2-135m").out == recipes()["smollm2-135m"].read_text(encoding="utf-8")
+
+
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(run_cli):
+    result = run_cli("run", "smollm2-135m", "ppo.kl_coeff=1")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "instructlite: 'ppo.kl_coeff=1': ppo.kl_coeff is not an option; did you mean 'kl_coef'?\n"
+
+
+def test_debug_shows_the_traceback_wherever_it_stands():
+    for arguments in (["--debug", "run", "nowhere"], ["run", "nowhere", "--debug"]):
+        with pytest.raises(InstructLiteError, match="no recipe or file 'nowhere'"):
+            cli.main(arguments)
+
+
+def test_demo_runs_the_embedded_model_into_runs_demo(run_cli, loops):
+    result = run_cli("demo")
+    assert result.code == 0
+    assert loops == [(load_loop("smollm2-135m"), Path("runs/demo"), None)]
+    assert "[0:00] sft: training" in result.out
+    assert "the report" in result.out
+    assert "1:01" in result.out
+    assert "1,234 MB" in result.out
+    assert "(before)" in result.out
+    assert "runs/demo/recipe.yaml" in result.out
+
+
+def test_run_lays_options_over_the_recipe(run_cli, loops, tmp_path):
+    run_cli("run", "smollm2-135m", "ppo.kl_coef=0.1", "seed=4", "--output", tmp_path, "--only", "ppo")
+    loop, output, only = loops[0]
+    assert (loop.ppo["kl_coef"], loop.seed, output, only) == (0.1, 4, tmp_path, "ppo")
+    run_cli("run", recipes()["smollm2-135m"])
+    assert loops[1][1] == Path("runs/smollm2-135m")
+
+
+def test_evaluate_of_a_run_writes_its_report_anew(run_cli, loops, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: m\n")
+    run_cli("evaluate", tmp_path, "--samples", "5")
+    loop, output, only = loops[0]
+    assert (loop.model, loop.evaluation.samples, output, only) == ("m", 5, tmp_path, "report")
+
+
+def test_evaluate_of_adapters_needs_prompts_a_judge_and_a_place(run_cli, monkeypatch, tmp_path):
+    assert "--prompts FILE, --judge ADAPTER and --output DIRECTORY" in run_cli("evaluate", "base", "runs/x/ppo").err
+    given = {}
+
+    def evaluate(candidates, **arguments):
+        given.update(arguments, candidates=candidates)
+        return "a table"
+
+    monkeypatch.setattr("instructlite.evaluation.compare.evaluate", evaluate)
+    result = run_cli("evaluate", "base", "a", "--prompts", "p.jsonl", "--judge", "j", "--output", tmp_path)
+    assert given == {"candidates": ["base", "a"], "data": Path("p.jsonl"), "judge": Path("j"), "output_dir": tmp_path}
+    assert result.out.startswith("a table\n")
+
+
+def test_evaluate_of_a_run_on_other_prompts_takes_the_rest_from_the_run(run_cli, monkeypatch, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: m\n")
+    given = {}
+    monkeypatch.setattr("instructlite.evaluation.compare.evaluate", lambda candidates, **rest: given.update(rest, candidates=candidates))
+    run_cli("evaluate", tmp_path, "--prompts", "p.jsonl", "--output", tmp_path / "out")
+    assert given["candidates"] == ["base", str(tmp_path / "sft"), str(tmp_path / "ppo")]
+    assert (given["data"], given["judge"]) == (Path("p.jsonl"), tmp_path / "judge")
+
+
+FAULTY = b"""\
+{"prompt": "a", "chosen": "good", "rejected": "bad"}
+{"prompt": "b", "chosen": "good", "rejec
+{"prompt": "c", "chosen": "good", "rejcted": "bad"}
+{"prompt": "d", "chosen": "", "rejected": "bad"}
+{"prompt": "e", "chosen": "caf\xe9", "rejected": "bad"}
+"""
+
+
+def test_data_check_names_every_broken_line_without_torch_and_exits_2(tmp_path):
+    comparisons, rankings = tmp_path / "c.jsonl", tmp_path / "r.jsonl"
+    comparisons.write_bytes(FAULTY)
+    rankings.write_text('{"prompt": "a", "responses": ["one"], "ranks": [0]}\n')
+    code = (
+        "import sys\nfrom instructlite.cli import main\n"
+        f"try: main(['data', 'check', {str(comparisons)!r}, {str(rankings)!r}])\n"
+        "except SystemExit as end: code = end.code\n"
+        "assert 'torch' not in sys.modules\nsys.exit(code)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr == ""
+    named = [line.split(": ")[0] for line in process.stdout.splitlines() if line.startswith((f"{comparisons}:", f"{rankings}:"))]
+    assert named == [str(comparisons), *(f"{comparisons}:{line}" for line in (2, 3, 4, 5)), str(rankings), f"{rankings}:1"]
+
+
+def test_data_check_of_a_good_file_exits_0(run_cli, tmp_path):
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"prompt": "a", "completion": "b"}\n')
+    result = run_cli("data", "check", good)
+    assert (result.code, result.out) == (0, f"{good}: 1 demonstrations, no problems\n")
+    assert run_cli("data", "check", good, "--kind", "rankings").code == 2
+    assert "choose demonstrations" in run_cli("data", "check", good, "--kind", "ranking").err
+
+
+def test_faults_in_training_data_are_told_with_what_did_not_happen(run_cli, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "completion": ""}\n')
+    result = run_cli("run", "smollm2-135m", f"data.demonstrations={broken}", "--output", tmp_path / "run", "--only", "data")
+    assert result.code == 2
+    assert result.err.startswith(f"instructlite: the data has faults, nothing was trained:\n{broken}:1: ")

@@ -1,0 +1,248 @@
+"""The loop's wiring: what is split, what each stage is given, what is done again. The recipes are stand-ins that write no weights."""
+
+import json
+import re
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from instructlite import pipeline
+from instructlite.config import DataOptions, load_loop
+from instructlite.data.records import read_records, write_records
+from instructlite.errors import BadRecords, InstructLiteError
+from instructlite.pipeline import prepare_data, run_loop
+
+
+def opening(record: dict) -> str:
+    return record["prompt"][0]["content"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    demonstrations = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
+    comparisons = [{"prompt": f"ask {i}" + " at length" * (i % 4 == 0), "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)]
+    comparisons += [{**row, "chosen": row["chosen"] + "!"} for row in comparisons[:5]]
+    paths = SimpleNamespace(demonstrations=tmp_path / "d.jsonl", comparisons=tmp_path / "c.jsonl", rankings=tmp_path / "r.jsonl")
+    write_records(paths.demonstrations, demonstrations)
+    write_records(paths.comparisons, comparisons)
+    write_records(paths.rankings, [{"prompt": f"rank {i}", "responses": ["a", "b", "c"], "ranks": [2, 0, 1]} for i in range(6)])
+    return paths
+
+
+def options(files, **changes) -> DataOptions:
+    return DataOptions(demonstrations=str(files.demonstrations), comparisons=str(files.comparisons), **changes)
+
+
+def parts(directory) -> dict[str, list[dict]]:
+    return {path.stem: read_records(path) for path in directory.glob("*.jsonl")}
+
+
+def test_no_prompt_is_in_two_parts_and_none_is_lost(files, tmp_path):
+    prepare_data(options(files, judge=12, heldout=0.2), tmp_path / "data")
+    found = parts(tmp_path / "data")
+    openings = [{opening(row) for row in found[name]} for name in ("reward", "judge", "heldout")]
+    assert not openings[0] & openings[1] | openings[0] & openings[2] | openings[1] & openings[2]
+    assert sum(len(found[name]) for name in ("reward", "judge", "heldout")) == 45
+    assert len(set.union(*openings)) == 40
+    assert abs(len(found["judge"]) - 12) <= 2, "rows of one prompt stay together"
+    assert abs(len(found["heldout"]) - 9) <= 2
+    assert not {opening(row) for row in found["demonstrations"]} & {opening(row) for row in found["heldout_demonstrations"]}
+    assert (len(found["demonstrations"]), len(found["heldout_demonstrations"])) == (18, 2)
+
+
+def test_ppo_gets_each_prompt_of_the_reward_part_once_and_evaluation_those_held_out(files, tmp_path):
+    prepare_data(options(files), tmp_path / "data")
+    found = parts(tmp_path / "data")
+    assert len({opening(row) for row in found["prompts"]}) == len(found["prompts"])
+    assert {opening(row) for row in found["prompts"]} == {opening(row) for row in found["reward"]}
+    assert {opening(row) for row in found["heldout_prompts"]} == {opening(row) for row in found["heldout"]}
+
+
+def test_limits_take_rows_away_and_data_json_counts_what_was_written(files, tmp_path):
+    limits = {"demonstration_limit": 7, "comparison_limit": 11, "prompt_limit": 4, "prompt_characters": 6}
+    prepare_data(options(files, **limits), tmp_path / "data")
+    found = parts(tmp_path / "data")
+    assert len(found["demonstrations"]) == 7
+    assert 11 <= len(found["reward"]) <= 12
+    assert len(found["prompts"]) == 4
+    assert all(len(opening(row)) <= 6 for row in found["prompts"] + found["heldout_prompts"])
+    written = json.loads((tmp_path / "data" / "data.json").read_text())
+    assert {name: part["rows"] for name, part in written["files"].items()} == {name: len(rows) for name, rows in found.items()}
+
+
+def test_rankings_are_trained_on_and_held_out_with_the_comparisons(files, tmp_path):
+    prepare_data(options(files, rankings=str(files.rankings)), tmp_path / "data")
+    found = parts(tmp_path / "data")
+    rows = [row for name in ("reward", "judge", "heldout") for row in found[name]]
+    assert sorted(len(row["responses"]) for row in rows) == [2] * 45 + [3] * 6
+
+
+def test_a_part_may_be_a_file_of_its_own(files, tmp_path):
+    own = tmp_path / "own.jsonl"
+    write_records(own, [{"prompt": "mine", "chosen": "a", "rejected": "b"}])
+    prepare_data(options(files, judge=str(own), heldout=5), tmp_path / "data")
+    found = parts(tmp_path / "data")
+    assert [opening(row) for row in found["judge"]] == ["mine"]
+    assert len(found["reward"]) == 45 - len(found["heldout"])
+
+
+def test_faults_of_all_files_are_told_together(files, tmp_path):
+    files.demonstrations.write_text('{"prompt": "q", "completion": ""}\n')
+    files.comparisons.write_text('{"prompt": "q", "chosen": "a"}\n')
+    with pytest.raises(BadRecords) as error:
+        prepare_data(options(files), tmp_path / "data")
+    assert re.search(r"d\.jsonl:1: .*\n.*c\.jsonl:1: ", str(error.value))
+    assert not (tmp_path / "data").exists()
+
+
+def test_parts_that_leave_nothing_are_refused(files, tmp_path):
+    with pytest.raises(InstructLiteError, match=r"data.judge=40 \+ data.heldout=5 takes all 45 rows"):
+        prepare_data(options(files, judge=40, heldout=5), tmp_path / "data")
+    with pytest.raises(InstructLiteError, match="data.prompt_characters=2 leaves no prompts"):
+        prepare_data(options(files, prompt_characters=2), tmp_path / "data")
+
+
+@pytest.fixture
+def stood_in(files, tmp_path, monkeypatch):
+    """A loop whose recipes and evaluation only note what they were given; `calls` holds that, `fails` names stages that break."""
+    state = SimpleNamespace(calls=[], fails=set(), run=tmp_path / "run", said=[])
+
+    class Recipe:
+        def __init__(self, **arguments):
+            self.arguments = arguments
+
+        @classmethod
+        def check_training(cls, training):
+            if "max_step" in training:
+                raise InstructLiteError("training.max_step: no such option")
+
+        def run(self, path):
+            state.calls.append((path.name, self.arguments))
+            if path.name in state.fails:
+                raise KeyboardInterrupt
+            path.mkdir(exist_ok=True)
+            (path / "adapter_config.json").write_text("{}")
+            made_from = {key: value.read_text() if str(value).endswith("jsonl") else str(value) for key, value in self.arguments.items()}
+            (path / "instructlite.json").write_text(json.dumps(made_from))
+
+    def evaluate(candidates, **arguments):
+        state.calls.append(("report", {"candidates": candidates, **arguments}))
+        arguments["output_dir"].mkdir(exist_ok=True)
+        (arguments["output_dir"] / "report.json").write_text("{}")
+        return "the report"
+
+    def loop(*overrides):
+        data = [f"data.demonstrations={files.demonstrations}", f"data.comparisons={files.comparisons}", "data.judge=10", "data.heldout=10"]
+        return load_loop("smollm2-135m", [*data, "data.prompt_characters=null", "data.comparison_limit=null", *overrides])
+
+    def go(*overrides, only=None):
+        state.calls.clear()
+        state.said.clear()
+        result = run_loop(loop(*overrides), state.run, only=only, say=state.said.append)
+        return result, [name for name, _ in state.calls]
+
+    monkeypatch.setattr(pipeline, "recipe_class", lambda stage: Recipe)
+    monkeypatch.setattr(pipeline, "gc", SimpleNamespace(collect=lambda: None))  # nothing to collect, and it takes a second
+    monkeypatch.setattr("instructlite.evaluation.compare.evaluate", evaluate)
+    state.go, state.loop = go, loop
+    return state
+
+
+ALL = ["sft", "reward", "judge", "ppo", "report"]
+
+
+def test_stages_run_in_order_each_on_what_came_before(stood_in):
+    result, ran = stood_in.go()
+    run, given = stood_in.run, dict(stood_in.calls)
+    assert ran == ALL
+    assert [stage.stage for stage in result.stages] == ["data", *ALL]
+    assert given["sft"]["model"] == "smollm2-135m"
+    assert given["sft"]["data"] == run / "data" / "demonstrations.jsonl"
+    assert given["reward"]["model"] == given["judge"]["model"] == given["ppo"]["model"] == run / "sft"
+    assert given["reward"]["data"] == run / "data" / "reward.jsonl"
+    assert given["judge"]["data"] == run / "data" / "judge.jsonl"
+    assert given["reward"]["eval_data"] == given["judge"]["eval_data"] == run / "data" / "heldout.jsonl"
+    assert given["ppo"]["reward"] == run / "reward"
+    assert given["report"]["candidates"] == ["base", run / "sft", run / "ppo"]
+    assert given["report"]["judge"][0] == run / "judge", "the judge that PPO did not see comes first"
+    assert given["report"]["samples"] == 2
+    assert given["ppo"]["training"]["max_steps"] == 96
+    assert given["ppo"]["lora"].top_layers == 10
+    assert result.report == "the report"
+    assert all(stage.seconds >= 0 and stage.peak_rss_mb > 0 for stage in result.stages)
+
+
+def test_what_is_done_is_kept(stood_in):
+    stood_in.go()
+    result, ran = stood_in.go()
+    assert ran == []
+    assert [stage.stage for stage in result.stages if stage.skipped] == ALL
+    assert sum("kept from before" in line for line in stood_in.said) == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("ppo.kl_coef=0.2", ["ppo", "report"]),
+        ("reward.training.max_steps=3", ["reward", "judge", "ppo", "report"]),
+        ("judge.training.max_steps=3", ["judge", "report"]),
+        ("lora.r=4", ALL),
+        ("evaluation.samples=3", ["report"]),
+        ("data.prompt_limit=5", ["ppo", "report"]),
+        ("data.seed=1", ALL),
+    ],
+)
+def test_a_change_redoes_the_stages_it_touches_and_those_after_them(stood_in, override, again):
+    stood_in.go()
+    assert stood_in.go(override)[1] == again
+
+
+def test_a_stage_trained_anew_by_hand_redoes_what_came_from_it(stood_in):
+    stood_in.go()
+    (stood_in.run / "reward" / "instructlite.json").write_text('{"another": "adapter"}')
+    assert stood_in.go()[1] == ["ppo", "report"]
+
+
+def test_an_interrupted_stage_starts_over_and_the_finished_ones_do_not(stood_in):
+    stood_in.fails = {"judge"}
+    with pytest.raises(KeyboardInterrupt):
+        stood_in.go()
+    stood_in.fails = set()
+    assert stood_in.go()[1] == ["judge", "ppo", "report"]
+
+
+def test_a_stage_interrupted_while_it_was_done_again_is_not_taken_for_done(stood_in):
+    stood_in.go()
+    stood_in.fails = {"ppo"}
+    with pytest.raises(KeyboardInterrupt):
+        stood_in.go(only="ppo")
+    stood_in.fails = set()
+    assert stood_in.go()[1][:1] == ["ppo"]
+
+
+def test_only_runs_one_stage_even_if_it_is_done(stood_in):
+    stood_in.go()
+    assert stood_in.go(only="report")[1] == ["report"]
+    assert stood_in.go(only="judge")[1] == ["judge"]
+
+
+def test_only_says_which_stage_is_missing_before_it(stood_in):
+    with pytest.raises(InstructLiteError, match="ppo needs .*sft, which is not there"):
+        stood_in.go(only="ppo")
+    with pytest.raises(InstructLiteError, match="--only pop: no such stage; stages: data, sft"):
+        stood_in.go(only="pop")
+
+
+def test_a_misspelt_training_option_of_the_last_stage_stops_before_the_first(stood_in):
+    with pytest.raises(InstructLiteError, match="max_step: no such option"):
+        stood_in.go("ppo.training.max_step=3")
+    assert not stood_in.calls
+    assert not stood_in.run.exists()
+
+
+def test_the_recipe_in_the_run_directory_is_the_one_that_ran(stood_in):
+    stood_in.go("ppo.kl_coef=0.2")
+    assert load_loop(stood_in.run / "recipe.yaml") == stood_in.loop("ppo.kl_coef=0.2")
+    assert yaml.safe_load((stood_in.run / "recipe.yaml").read_text())["data"] == asdict(stood_in.loop().data)
