@@ -19,7 +19,7 @@ _HOME = {
     "RewardRecipe": "training.reward",
     "PPORecipe": "training.ppo",
     "PPOTrainer": "training.ppo_trainer",
-    "PPOConfig": "training.ppo_trainer",
+    "PPOConfig": "training.ppo_config",
     "Adapter": "models.manifest",
     "InstructLiteError": "errors",
     "evaluate": "evaluation.compare",
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .evaluation.compare import evaluate
     from .models.manifest import Adapter
     from .training.ppo import PPORecipe
-    from .training.ppo_trainer import PPOConfig, PPOTrainer
+    from .training.ppo_config import PPOConfig
+    from .training.ppo_trainer import PPOTrainer
     from .training.reward import RewardRecipe
     from .training.sft import SFTRecipe
 

@@ -3,8 +3,10 @@
 A user's mistake is one line on stderr and exit code 2; `--debug` shows the traceback.
 """
 
+import logging
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -149,20 +151,24 @@ def evaluate(
 def _run(loop: "Loop", output: Path, only: str | None = None) -> None:
     from rich.console import Console
 
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    start = time.perf_counter()
+
+    def say(line: str) -> None:
+        console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
+
+    say(f"{loop.model} into {output}: loading the libraries")
     _hush_libraries()
     from .pipeline import run_loop
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    start = time.perf_counter()
-    result = run_loop(loop, output, only=only, say=lambda line: console.print(f"[{_clock(time.perf_counter() - start)}] {line}"))
+    result = run_loop(loop, output, only=only, say=say)
     if result.report is not None:
         print(f"\n{result.report}")
     console.print()
     console.print(_stage_table(result.stages))
-    report = output / "report" / "report.md"
     console.print(f"\nAll of it is in {output}, its recipe in {output / 'recipe.yaml'}.")
-    if report.is_file():
-        console.print(f"Read {report}. Then, with your own data:")
+    if any(stage.stage == "report" for stage in result.stages):
+        console.print(f"Read {output / 'report' / 'report.md'}. Then, with your own data:")
         console.print(f"  instructlite run {output / 'recipe.yaml'} data.comparisons=mine.jsonl --output runs/mine")
     else:
         console.print(f"Next: instructlite run {output / 'recipe.yaml'} --output {output}")
@@ -185,10 +191,12 @@ def _clock(seconds: float) -> str:
 
 
 def _hush_libraries() -> None:
-    """One voice on the terminal: ours. Warnings of the libraries that matter become errors of ours; their bars would repeat ours."""
+    """One voice on the terminal: ours. The libraries' progress bars and advice would stand between our lines."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks at import for a package that would make 4 bits faster on a CPU
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\b")  # from one library to another

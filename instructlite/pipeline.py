@@ -191,10 +191,26 @@ def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", *, again: bool, 
         return ledger.stage_run(stage, path, skipped=True)
     say(f"{stage}: training")
     with ledger.running(stage, made_from):
-        recipe_class(stage)(**inputs, **options).run(path)
+        adapter = recipe_class(stage)(**inputs, **options).run(path)
     stage_run = ledger.stage_run(stage, path, skipped=False)
-    say(f"{stage}: done in {stage_run.seconds:.0f} s ({path})")
+    say(f"{stage}: done in {stage_run.seconds:.0f} s{_came_of_it(stage, adapter.metrics)}")
     return stage_run
+
+
+def _came_of_it(stage: str, metrics: Mapping[str, Any]) -> str:
+    """The numbers of a stage that a person waits for."""
+    if stage == "sft" and "eval_perplexity" in metrics:
+        return f"; perplexity of held-out answers {metrics['eval_perplexity_before']:.2f} -> {metrics['eval_perplexity']:.2f}"
+    if "eval_accuracy" in metrics:
+        interval = f"[{metrics['eval_accuracy_low']:.2f}, {metrics['eval_accuracy_high']:.2f}]"
+        longer = f"the longer answer wins in {metrics['eval_longer_wins']:.2f}"
+        return f"; accuracy {metrics['eval_accuracy']:.2f} {interval} on {metrics['eval_pairs']} held-out pairs ({longer})"
+    if stage == "ppo" and "last" in metrics:
+        first, last = metrics["first"], metrics["last"]
+        scores = f"{first['objective/score']:.2f} -> {last['objective/score']:.2f}"
+        kl = round(last["objective/kl"], 1) + 0.0  # never -0.0
+        return f"; score of the first rollout and of the last quarter {scores}, KL {kl} nats an answer"
+    return ""
 
 
 def _report(loop: Loop, run: Path, ledger: "Ledger", *, again: bool, say: Say) -> tuple[StageRun, "Report | None"]:

@@ -158,7 +158,7 @@ def test_the_command_line_answers_at_once_and_loads_no_torch(arguments):
 def test_every_recipe_loads_and_its_training_blocks_fit_the_real_config_classes(name, tmp_path):
     from trl import RewardConfig, SFTConfig
 
-    from instructlite.training.ppo_trainer import PPOConfig
+    from instructlite import PPOConfig
 
     text = recipes()[name].read_text(encoding="utf-8")
     header = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))

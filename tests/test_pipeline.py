@@ -12,6 +12,7 @@ from instructlite import pipeline
 from instructlite.config import DataOptions, load_loop
 from instructlite.data.records import read_records, write_records
 from instructlite.errors import BadRecords, InstructLiteError
+from instructlite.models.manifest import Adapter
 from instructlite.pipeline import prepare_data, run_loop
 
 
@@ -126,6 +127,15 @@ def stood_in(files, tmp_path, monkeypatch):
             (path / "adapter_config.json").write_text("{}")
             made_from = {key: value.read_text() if str(value).endswith("jsonl") else str(value) for key, value in self.arguments.items()}
             (path / "instructlite.json").write_text(json.dumps(made_from))
+            return SimpleNamespace(
+                metrics={
+                    "eval_accuracy": 0.7,
+                    "eval_accuracy_low": 0.6,
+                    "eval_accuracy_high": 0.8,
+                    "eval_pairs": 9,
+                    "eval_longer_wins": 0.5,
+                }
+            )
 
     def evaluate(candidates, **arguments):
         state.calls.append(("report", {"candidates": candidates, **arguments}))
@@ -133,9 +143,14 @@ def stood_in(files, tmp_path, monkeypatch):
         (arguments["output_dir"] / "report.json").write_text("{}")
         return "the report"
 
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: m\nlora: {{top_layers: 3}}\nppo: {{training: {{max_steps: 96}}}}\n"
+        f"data: {{demonstrations: {files.demonstrations}, comparisons: {files.comparisons}, judge: 10, heldout: 10}}\n"
+    )
+
     def loop(*overrides):
-        data = [f"data.demonstrations={files.demonstrations}", f"data.comparisons={files.comparisons}", "data.judge=10", "data.heldout=10"]
-        return load_loop("smollm2-135m", [*data, "data.prompt_characters=null", "data.comparison_limit=null", *overrides])
+        return load_loop(recipe, overrides)
 
     def go(*overrides, only=None):
         state.calls.clear()
@@ -158,7 +173,7 @@ def test_stages_run_in_order_each_on_what_came_before(stood_in):
     run, given = stood_in.run, dict(stood_in.calls)
     assert ran == ALL
     assert [stage.stage for stage in result.stages] == ["data", *ALL]
-    assert given["sft"]["model"] == "smollm2-135m"
+    assert given["sft"]["model"] == "m"
     assert given["sft"]["data"] == run / "data" / "demonstrations.jsonl"
     assert given["reward"]["model"] == given["judge"]["model"] == given["ppo"]["model"] == run / "sft"
     assert given["reward"]["data"] == run / "data" / "reward.jsonl"
@@ -169,8 +184,9 @@ def test_stages_run_in_order_each_on_what_came_before(stood_in):
     assert given["report"]["judge"][0] == run / "judge", "the judge that PPO did not see comes first"
     assert given["report"]["samples"] == 2
     assert given["ppo"]["training"]["max_steps"] == 96
-    assert given["ppo"]["lora"].top_layers == 10
+    assert given["ppo"]["lora"].top_layers == 3
     assert result.report == "the report"
+    assert sum("accuracy 0.70 [0.60, 0.80] on 9 held-out pairs (the longer answer wins in 0.50)" in line for line in stood_in.said) >= 2
     assert all(stage.seconds >= 0 and stage.peak_rss_mb > 0 for stage in result.stages)
 
 
@@ -246,3 +262,31 @@ def test_the_recipe_in_the_run_directory_is_the_one_that_ran(stood_in):
     stood_in.go("ppo.kl_coef=0.2")
     assert load_loop(stood_in.run / "recipe.yaml") == stood_in.loop("ppo.kl_coef=0.2")
     assert yaml.safe_load((stood_in.run / "recipe.yaml").read_text())["data"] == asdict(stood_in.loop().data)
+
+
+TINY = """\
+model: {model}
+dtype: float32
+chat_template: chatml
+lora: {{r: 4, alpha: 8, top_layers: 1}}
+data: {{demonstrations: {demonstrations}, comparisons: {comparisons}, judge: 8, heldout: 8, comparison_limit: 16}}
+sft: {{training: {{max_steps: 1, gradient_checkpointing: false}}}}
+reward: {{training: {{max_steps: 1, gradient_checkpointing: false}}}}
+ppo: {{training: {{per_device_train_batch_size: 2, num_mini_batches: 2, num_ppo_epochs: 1, max_steps: 2, response_length: 4}}}}
+evaluation: {{prompts: 3, samples: 1, max_new_tokens: 4, greedy: false}}
+"""
+
+
+def test_the_whole_loop_on_the_tiny_model(files, tmp_path, tiny_path):
+    recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    recipe.write_text(TINY.format(model=tiny_path, demonstrations=files.demonstrations, comparisons=files.comparisons))
+    result = run_loop(load_loop(recipe), run)
+    sft, reward, judge, ppo = (Adapter.load(run / stage) for stage in ("sft", "reward", "judge", "ppo"))
+    assert [adapter.role for adapter in (sft, reward, judge, ppo)] == ["policy", "reward", "reward", "policy"]
+    assert reward.manifest.parents == judge.manifest.parents == {"sft": sft.sha256}
+    assert ppo.manifest.parents == {"sft": sft.sha256, "reward": reward.sha256}
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert [candidate["name"] for candidate in report["candidates"]] == ["base", "sft", "ppo"]
+    assert {rate["judge"] for rate in report["win_rates"]} == {"judge", "reward"}
+    assert str(result.report)
+    assert [stage.skipped for stage in run_loop(load_loop(recipe), run).stages] == [False, *[True] * 5]

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from instructlite.training.ppo_math import (
+    adapted_kl_coef,
     explained_variance,
     gae,
     kl_estimators,
@@ -115,3 +116,12 @@ def test_masked_mean_adds_up_over_processes():
     x, mask = torch.tensor([[1.0, 2.0, 3.0]]), ALL
     other = torch.tensor([10.0, 1.0], dtype=torch.float64)  # what the other process contributes: sum 10 over 1 token
     assert masked_mean(x, mask, lambda mine: mine + other).item() == 4.0
+
+
+def test_t21_the_kl_coefficient_follows_zieglers_controller():
+    adapt = lambda kl, beta=0.1: adapted_kl_coef(beta, kl, target=6.0, horizon=10_000, episodes=64, initial=0.1)  # noqa: E731
+    assert adapt(12.0) == 0.1 * (1 + 0.2 * 64 / 10_000)
+    assert adapt(3.0) == 0.1 * (1 - 0.2 * 64 / 10_000)
+    assert adapt(6.0) == 0.1
+    assert adapt(6.6) == 0.1 * (1 + (6.6 / 6 - 1) * 64 / 10_000)
+    assert adapt(1e9, beta=10.0) == 10.0 and adapt(0.0, beta=0.001) == 0.001

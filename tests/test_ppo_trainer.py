@@ -1,6 +1,7 @@
 """PPOTrainer: invariances, exactness and learning (T-4 to T-6, T-8 to T-11, T-13, T-14, T-16, T-23 of the PPO design)."""
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import pytest
@@ -17,9 +18,12 @@ from instructlite.errors import InstructLiteError
 from instructlite.models.base import Base, load_base, lora_config
 from instructlite.models.manifest import Adapter
 from instructlite.models.roles import ResponseBatch, RoleModel
-from instructlite.models.sampling import Sampling, generate
+from instructlite.models.sampling import Sampling, generate, log_probs
 from instructlite.training import ppo_trainer, rollout
-from instructlite.training.ppo_trainer import CycleSampler, PPOConfig, PPOTrainer
+from instructlite.training.cycle import CycleSampler
+from instructlite.training.ppo_config import PPOConfig
+from instructlite.training.ppo_trainer import PPOTrainer
+from instructlite.training.ptx import PtxLoss
 
 PROMPTS = [{"prompt": word * n} for n, word in enumerate(["how ", "why not ", "a", "tell me ", "when ", "b c ", "is it ", "hm "] * 5, 1)]
 
@@ -63,7 +67,7 @@ def trainer_of(model: RoleModel, args: PPOConfig, **options) -> PPOTrainer:
 
 
 def digest(tensors) -> str:
-    return hashlib.sha256(b"".join(t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def collected(model: RoleModel, tmp_path, rows: int = 6, **changes) -> tuple[PPOTrainer, rollout.Rollout]:
@@ -114,7 +118,7 @@ def gradients_as(trainer: PPOTrainer, batch: rollout.Rollout, b: int, accumulati
     model = trainer.model
     model.train()
     model.zero_grad()
-    trainer._rollout, trainer._first_step = batch, False
+    trainer.rollout, trainer._first_step = batch, False
     for rows in torch.arange(b * accumulation).split(b):
         trainer._micro = batch.take(rows)
         trainer._tokens = trainer._micro.mask.sum() * accumulation if mean_of_means else batch.mask.sum()
@@ -502,3 +506,135 @@ def test_t23_mutant_value_that_sees_its_own_action_learns_less(tmp_path, monkeyp
 
     monkeypatch.setattr(RoleModel, "scores", one_column_late)
     assert mean_over_seeds(tmp_path) < 0.80
+
+
+# --- T-12: exact resume, T-21: the KL controller, T-24: ptx, and the options around them ----------------------------------
+
+PTX = [{"text": chr(97 + n % 7) * 20} for n in range(16)]
+EVERYTHING = dict(
+    gradient_accumulation_steps=2, kl_controller="adaptive", target=0.5, horizon=20, ptx_coef=0.1, ema_decay=0.9, max_steps=12,
+    save_strategy="steps", save_steps=1, response_length=6, learning_rate=3e-3, lr_scheduler_type="linear",
+)  # fmt: skip
+
+
+def all_state(trainer: PPOTrainer) -> str:
+    roles = [p for role in trainer.model.roles for p in trainer.model.role_parameters(role)]
+    moments = [x for group in trainer.optimizer.state_dict()["state"].values() for x in group.values()]
+    return digest([*roles, *moments, torch.tensor([trainer.kl_coef, trainer.scale.mean, trainer.scale.std], dtype=torch.float64)])
+
+
+def losses(trainer: PPOTrainer) -> list[tuple]:
+    return [(log["loss"], log.get("objective/score"), log.get("objective/kl_coef")) for log in trainer.state.log_history if "loss" in log]
+
+
+def test_t12_resuming_after_any_step_is_the_uninterrupted_run(tiny_path, tmp_path):
+    def start(output, **changes):
+        model = roles(load_base(tiny_path, dtype="float32", chat_template="chatml"))
+        # 40 prompts, 8 a cycle of 4 steps: steps 1 to 12 end in the middle of a cycle and at its end
+        return trainer_of(model, config(output, **(EVERYTHING | changes)), ptx_dataset=PTX)
+
+    whole = start(tmp_path / "whole")
+    whole.train()
+    expected, history = all_state(whole), losses(whole)
+    assert whole.kl_coef != whole.args.kl_coef
+    for k in range(1, 12):
+        torch.manual_seed(1000 + k)  # whatever the process did before must not matter
+        resumed = start(tmp_path / "resumed", save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{k}"))
+        assert all_state(resumed) == expected, f"resumed after step {k}"
+        assert losses(resumed) == history
+
+
+def test_t12_resuming_in_the_second_epoch_sees_the_same_prompts(tiny_path, tmp_path):
+    def start(**changes):
+        model = roles(load_base(tiny_path, dtype="float32", chat_template="chatml"))
+        return trainer_of(model, config(tmp_path / "out", max_steps=12, **changes), prompts=PROMPTS[:9], reward_model=share_of_vowels)
+
+    whole = start(save_strategy="steps", save_steps=1)  # 2 cycles of 4 prompts an epoch
+    whole.train()
+    for k in (9, 10):
+        resumed = start()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{k}"))
+        assert all_state(resumed) == all_state(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"seed": 4}, "seed: 3 then, 4 now"), ({"num_mini_batches": 4}, "num_mini_batches: 2 then, 4 now")]
+)
+def test_resuming_with_other_settings_is_refused_with_the_difference(tiny_path, tmp_path, changes, named):
+    start = lambda **c: trainer_of(roles(load_base(tiny_path, dtype="float32", chat_template="chatml")), config(tmp_path, **c))  # noqa: E731
+    start(save_strategy="steps", save_steps=1, max_steps=1).train()
+    with pytest.raises(InstructLiteError, match=named):
+        start(**changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_resuming_with_another_reward_model_is_refused(tiny_path, tmp_path):
+    start = lambda seed: trainer_of(  # noqa: E731
+        roles(load_base(tiny_path, dtype="float32", chat_template="chatml"), seed=seed), config(tmp_path, save_strategy="steps", save_steps=4)
+    )
+    start(0).train()
+    with pytest.raises(InstructLiteError, match="weights of reward"):
+        start(1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_checkpoint_is_a_plain_adapter_of_the_policy(tiny_path, tmp_path):
+    trainer = trainer_of(roles(load_base(tiny_path, dtype="float32", chat_template="chatml")), config(tmp_path, save_strategy="steps", save_steps=4))
+    trainer.train()
+    stored = Adapter.load(tmp_path / "checkpoint-4")
+    loaded = RoleModel.load(load_base(tiny_path, dtype="float32", chat_template="chatml"), {"policy": stored})
+    assert digest(loaded.role_parameters("policy")) == digest(trainer.model.role_parameters("policy"))
+    assert not (stored.path / "training_args.bin").exists()
+
+
+def test_t24_ptx_keeps_the_likelihood_of_its_texts(tiny_path, tmp_path):
+    likelihoods, scores = [], []
+    for coefficient in (0.0, 1.0):
+        model = roles(load_base(tiny_path, dtype="float32", chat_template="chatml"))
+        args = config(tmp_path, ptx_coef=coefficient, learning_rate=1e-2, max_steps=40, kl_coef=0.0)
+        trainer = trainer_of(model, args, ptx_dataset=PTX if coefficient else None, reward_model=share_of_vowels)
+        trainer.train()
+        ids = [model.base.tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in PTX]
+        likelihoods.append(torch.cat(log_probs(model, "policy", [(row[:1], row[1:]) for row in ids])).mean())
+        scores.append([log["objective/score"] for log in trainer.state.log_history if "objective/score" in log])
+    assert likelihoods[1] - likelihoods[0] > 2.0
+    assert all(math.isfinite(score) for run in scores for score in run)
+
+
+def test_ptx_gradients_do_not_depend_on_accumulation(tiny_path, tmp_path):
+    grads = []
+    for b, accumulation in ((4, 1), (2, 2)):
+        base = load_base(tiny_path, dtype="float32", chat_template="chatml")
+        model = roles(base)
+        args = config(tmp_path, per_device_train_batch_size=b, gradient_accumulation_steps=accumulation, ptx_coef=1.0)
+        model.set_trainable(["policy"])
+        rows = [{"text": "x" * (3 + 4 * n)} for n in range(8)] + [{"prompt": "hi", "completion": "there"}]
+        ptx = PtxLoss(base, rows, args)
+        for micro in range(accumulation):
+            ptx(model, accumulation + micro)[0].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.role_parameters("policy")]))
+    assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
+
+
+def test_ptx_without_data_is_refused(tiny_base, tmp_path):
+    with pytest.raises(InstructLiteError, match="PPO-ptx needs ptx_dataset"):
+        trainer_of(roles(tiny_base), config(tmp_path, ptx_coef=0.1))
+
+
+def test_target_kl_skips_the_rest_of_the_cycle(tiny_path, tmp_path):
+    model = roles(load_base(tiny_path, dtype="float32", chat_template="chatml"))
+    trainer = trainer_of(model, config(tmp_path, target_kl=1e-6, learning_rate=1e-2, max_steps=8), reward_model=share_of_vowels)
+    norms = []
+    original = trainer._clip_grad_norm
+    trainer._clip_grad_norm = lambda m: norms.append(float(original(m))) or torch.tensor(norms[-1])
+    trainer.train()
+    # The first step of a cycle has ratio 1 by construction; the second is too far, the other two are skipped.
+    assert [norm > 0 for norm in norms] == [True, True, False, False] * 2
+    assert trainer.state.global_step == 8
+
+
+def test_the_moving_average_follows_the_policy_slowly(tiny_base, tmp_path):
+    model = roles(tiny_base)
+    start = torch.cat([p.flatten().clone() for p in model.role_parameters("policy")])
+    trainer_of(model, config(tmp_path, ema_decay=0.9, max_steps=1), reward_model=share_of_vowels).train()
+    policy, average = (torch.cat([p.flatten() for p in model.role_parameters(role)]) for role in ("policy", "ema"))
+    assert_close(average - start, 0.1 * (policy - start), atol=1e-6, rtol=1e-3)

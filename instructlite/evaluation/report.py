@@ -136,11 +136,15 @@ class Report:
             if self._headline_row("greedy") is None and _side(self._headline_row("sampled")) == 1:
                 yield "Greedy answers were not compared, so how much of this is only a sharper distribution is not known."
             return
-        share, low, high = (f"{self.sharpening[name]:.0%}" for name in ("share", "share_low", "share_high"))
-        meaning = "so much of it is a sharper distribution, and only the rest can be better content"
-        if self.sharpening["share_low"] <= 0:
-            meaning = "too wide an interval to say how much of the gain is only a sharper distribution"
-        yield f"Of the gain in mean reward, {self.headline[1]} reaches {share} ({low} to {high}) by greedy decoding, untrained: {meaning}."
+        share, low, high = (self.sharpening[name] for name in ("share", "share_low", "share_high"))
+        meaning = {
+            (False, False): "that much a sharper distribution alone can give, but not all of it",
+            (False, True): "a sharper distribution alone may explain all of it",
+            (True, False): "a sharper distribution alone does not explain it",
+            (True, True): "too wide an interval to say how much a sharper distribution alone explains",
+        }[low <= 0, high >= 1]
+        interval = f"{100 * share:.0f} % (95 % interval {100 * low:.0f} % to {100 * high:.0f} %)"
+        yield f"Of that difference, {self.headline[1]} reaches {interval} untrained, just by greedy decoding: {meaning}."
 
     def _judge_words(self) -> Iterable[str]:
         a = self.headline[0]
@@ -205,10 +209,9 @@ class Report:
         return [*header, "length", "ended", "distinct-2", "repeated trigrams"], rows
 
     def __str__(self) -> str:
-        lines = [f"{self._prompts()}; judge: {self.judges[0]['name']}; 95 % intervals", ""]
-        lines += [_plain_table(*self.win_table()), _plain_table(*self.candidate_table())]
+        heading = f"{self._prompts()}, judged by {self.judges[0]['name']}; in brackets 95 % intervals"
         words = [textwrap.fill(_printable(paragraph), 110, break_long_words=False) for paragraph in self.verdict().split("\n\n")]
-        return "\n".join([*lines, "", *words])
+        return "\n\n".join([_printable(heading), _plain_table(*self.win_table()), _plain_table(*self.candidate_table()), *words])
 
     # --- Markdown ---------------------------------------------------------------------------------------------------
 
@@ -327,7 +330,7 @@ def _plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         table.add_row(*map(_printable, row))
     text = io.StringIO()
     Console(file=text, width=240, markup=False, highlight=False, emoji=False, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -283,20 +283,27 @@ class RoleModel(PeftModelForCausalLM):
         """
         return super().forward(*args, **kwargs) if response is None else self._response_pass(response)
 
+    def policy_pass(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
+        """log pi and entropy of the valid response tokens, each flat (tokens,)."""
+        with self.precision(), self.active(batch.policy):
+            return token_log_probs(
+                self.logits,
+                self._response_states(batch),
+                batch.input_ids[:, batch.prompt_length :][batch.mask],
+                temperature=batch.temperature,
+                chunk=batch.chunk,
+                entropy_grad=batch.entropy_grad,
+                frozen_head=not any(p.requires_grad for p in self.base.model.get_output_embeddings().parameters()),
+            )
+
+    def _response_states(self, batch: ResponseBatch) -> Tensor:
+        """(tokens, hidden): the state of a token is the column before it."""
+        return self.hidden(batch.input_ids, batch.attention_mask, batch.lower)[:, batch.prompt_length - 1 : -1][batch.mask]
+
     def _response_pass(self, batch: ResponseBatch) -> dict[str, Tensor]:
-        states = slice(batch.prompt_length - 1, -1)  # the state of token t is the column before it
-        lower = self.lower_hidden(batch.input_ids, batch.attention_mask) if batch.lower is None else batch.lower
-        with self.precision():
-            with self.active(batch.policy):
-                hidden = self.hidden(batch.input_ids, batch.attention_mask, lower)[:, states][batch.mask]
-                log_probs, entropy = token_log_probs(
-                    self.logits, hidden, batch.input_ids[:, batch.prompt_length :][batch.mask],
-                    temperature=batch.temperature, chunk=batch.chunk, entropy_grad=batch.entropy_grad,
-                    frozen_head=not any(p.requires_grad for p in self.base.model.get_output_embeddings().parameters()),
-                )  # fmt: skip
-            with self.active(batch.value):
-                hidden = self.hidden(batch.input_ids, batch.attention_mask, lower)[:, states][batch.mask]
-                values = self.scores(batch.value, hidden)
+        log_probs, entropy = self.policy_pass(batch)
+        with self.precision(), self.active(batch.value):
+            values = self.scores(batch.value, self._response_states(batch))
         return {"logps": log_probs, "entropy": entropy, "values": values}
 
 
@@ -306,7 +313,7 @@ class ResponseBatch:
 
     input_ids, attention_mask: (batch, prompt_length + response_length); mask: bool (batch, response_length), True up to
     and including the last valid token. Results are flat over the True tokens of `mask`, row by row.
-    lower: hidden states behind the shared lower layers, or None to compute them.
+    lower: hidden states behind the shared lower layers, or None to run the whole model.
     """
 
     input_ids: Tensor

@@ -11,10 +11,18 @@ from ..errors import InstructLiteError
 from ..models.base import base_of, lora_config
 from ..models.manifest import Adapter
 from ..models.roles import RoleModel
-from .ppo_trainer import PPOConfig, PPOTrainer
+from .ppo_config import PPOConfig
+from .ppo_trainer import PPOTrainer
 from .recipe import Recipe, Run, parent_of
 
-SHOWN = ("objective/score", "objective/kl", "objective/entropy", "rollout/length_mean", "rollout/eos_missing_frac", "value/explained_variance")
+SHOWN = (
+    "objective/score",
+    "objective/kl",
+    "objective/entropy",
+    "rollout/length_mean",
+    "rollout/eos_missing_frac",
+    "value/explained_variance",
+)
 
 
 class PPORecipe(Recipe, PPOOptions):
@@ -40,7 +48,8 @@ class PPORecipe(Recipe, PPOOptions):
         statistics = (measured["score_mean"], measured["score_std"]) if "score_std" in measured else None
         trainer = PPOTrainer(model, config, train_dataset=prompts, score_statistics=statistics)
         if trainer.prompts_left_out:
-            run.note(f"{trainer.prompts_left_out} of {len(prompts)} prompts have more than {config.max_prompt_length} tokens and are left out")
+            out = trainer.prompts_left_out
+            run.note(f"{out} of {len(prompts)} prompts have more than {config.max_prompt_length} tokens and are left out")
         run.watch(trainer)
         clock = time.perf_counter()
         trainer.train()

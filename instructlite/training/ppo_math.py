@@ -94,6 +94,15 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, cliprange: float 
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episodes: int, initial: float) -> float:
+    """Ziegler 2019, section 2.2: beta (1 + e n / horizon) with e = clip(kl / target - 1, +-0.2).
+
+    kl and target in nats a sequence, n episodes of the cycle over all processes; kept within a factor 100 of the start.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return min(max(kl_coef * (1 + error * episodes / horizon), initial / 100), initial * 100)
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = lambda t: t) -> Tensor:
     """1 - Var(R - V) / Var(R) over valid tokens; 0 says the critic is no better than a constant."""
     return 1 - masked_variance(returns - values, mask, reduce) / masked_variance(returns, mask, reduce).clamp(min=1e-12)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import set_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -113,12 +112,10 @@ def _rollout_file(directory: Path, trainer: PPOTrainer) -> Path:
 
 def _save_rollout(rollout: Rollout, path: Path) -> None:
     tensors = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
-    stored = {name: value.contiguous().cpu() for name, value in tensors.items() if isinstance(value, Tensor)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(stored, path, metadata={"rows": json.dumps(rollout.rows)})
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items() if isinstance(value, Tensor)}, path)
 
 
 def _load_rollout(path: Path, device: torch.device) -> Rollout:
-    with safe_open(path, "pt") as file:
-        rows = json.loads(file.metadata()["rows"])
-    return Rollout(rows=rows, **{name: tensor.to(device) for name, tensor in load_file(path).items()})
+    # The rows of the data set are needed only while a rollout is scored.
+    return Rollout(rows=[], **{name: tensor.to(device) for name, tensor in load_file(path).items()})

@@ -8,17 +8,19 @@ All randomness is a function of (seed, cycle, rank): logging or evaluating more 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ..config import BaseOptions
 from ..errors import InstructLiteError
@@ -26,122 +28,13 @@ from ..models.base import base_of, encode_prompt
 from ..models.manifest import Adapter
 from ..models.roles import RoleModel
 from ..models.sampling import Sampling
-from .ppo_math import kl_estimators, policy_losses, value_losses
+from .cycle import CycleSampler, generator, mix
+from .ppo_config import PPOConfig
+from .ppo_math import adapted_kl_coef, kl_estimators, policy_losses, value_losses
+from .ppo_state import load_ppo_state, save_ppo_state
+from .ptx import PtxLoss
 from .reward_sources import RewardSource, ScoreScale
 from .rollout import Rollout, RolloutOptions, assign_advantages, collect
-
-
-@dataclass
-class PPOConfig(TrainingArguments):
-    """TrainingArguments plus PPO's options, under the names they had in TRL. Steps are optimiser steps."""
-
-    num_ppo_epochs: int = 4
-    """Passes over each rollout batch."""
-    num_mini_batches: int = 1
-    """Optimiser steps a pass; the rollout batch is this many times per-device batch x accumulation x processes."""
-    total_episodes: int | None = None
-    """Stop after this many episodes (sets max_steps). None: `max_steps` or `num_train_epochs` decide."""
-    kl_coef: float = 0.05
-    """beta, per token and nat, in the reward."""
-    cliprange: float = 0.2
-    cliprange_value: float | None = 0.2
-    """In units of the scaled score. None: the value loss is not clipped."""
-    vf_coef: float = 0.1
-    """Weight of the value loss. Policy and value share no parameters and are clipped apart, so with Adam it hardly matters;
-    use `value_learning_rate`."""
-    entropy_coef: float = 0.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_rewards: bool = False
-    missing_eos_penalty: float | None = None
-    """Taken off the scaled score of a response that did not stop by itself."""
-    response_length: int = 53
-    """Longest response, in tokens."""
-    temperature: float = 1.0
-    """Of sampling; policy, reference and entropy are those of the tempered distribution."""
-    stop_token_ids: list[int] | None = None
-    """Token ids that end a response. None: the chat template's end of turn and all eos ids of the model."""
-    max_prompt_length: int | None = None
-    """Prompts of more tokens are left out, and counted. None: none is."""
-    generation_batch_size: int | None = None
-    """Prompts per generate call. None: the whole local rollout batch."""
-    score_normalization: str = "first_rollout"
-    """"first_rollout", "reward_model" (the statistics its run measured) or "none"."""
-    score_clip: float | None = 10.0
-    """Scaled scores beyond this are clipped."""
-    value_learning_rate: float | None = None
-    """None: the same as learning_rate."""
-    share_lower_layers: bool = True
-    """Compute the layers below the lowest adapter once a rollout, for all roles and epochs (where the base allows it)."""
-    logp_chunk_size: int = 256
-    """Tokens whose logits are in memory at once."""
-    learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's initial learning rate of the policy."})
-    logging_steps: float = 1
-    logging_nan_inf_filter: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.label_names = []
-        self.remove_unused_columns = False
-        if self.score_normalization not in ("first_rollout", "reward_model", "none"):
-            raise InstructLiteError(f"score_normalization={self.score_normalization!r}: choose first_rollout, reward_model or none")
-        if self.temperature <= 0:
-            raise InstructLiteError(f"temperature={self.temperature}: PPO samples; it must be above 0")
-        for option in ("use_liger_kernel", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile", "fp16"):
-            if getattr(self, option):
-                raise InstructLiteError(
-                    f"{option}: not supported in PPO (it would make sampled and scored distributions differ); remove it"
-                )
-        if self.deepspeed or self.fsdp:
-            raise InstructLiteError("PPO runs on one process or under DDP; remove deepspeed / fsdp")
-
-    @property
-    def local_rollout_batch_size(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
-
-    @property
-    def rollout_batch_size(self) -> int:
-        """Episodes a cycle over all processes."""
-        return self.local_rollout_batch_size * self.world_size
-
-    @property
-    def steps_per_cycle(self) -> int:
-        return self.num_ppo_epochs * self.num_mini_batches
-
-
-class CycleSampler(Sampler[int]):
-    """Each rollout batch of a stateless permutation, repeated for all micro-steps of its cycle.
-
-    TRL's RepeatSampler owns a generator and has no `set_epoch`, so a resume in a later epoch replays the first one's
-    order; here the order is a function of (seed, epoch). The last incomplete batch is dropped.
-    """
-
-    def __init__(self, size: int, batch: int, repeats: int, seed: int):
-        self.size, self.batch, self.repeats, self.seed, self.epoch = size, batch, repeats, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size // self.batch * self.batch * self.repeats
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.size, generator=generator(self.seed, self.epoch)).tolist()
-        for start in range(0, self.size // self.batch * self.batch, self.batch):
-            for _ in range(self.repeats):
-                yield from order[start : start + self.batch]
-
-
-def mix(*numbers: int) -> int:
-    """One seed from several numbers."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
-    return seed
-
-
-def generator(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(mix(*numbers))
 
 
 class PPOTrainer(Trainer):
@@ -150,6 +43,7 @@ class PPOTrainer(Trainer):
     model: the SFT adapter (directory or Adapter), or a RoleModel with the roles `policy`, `value` (with its head) and, for
     the KL, `reference`; without that role the base alone is the reference.
     train_dataset: rows with `prompt` (text or messages) or `input_ids`; other columns reach the reward source.
+    ptx_dataset: rows for PPO-ptx (`ptx_coef`): `text`, or `prompt` and `completion`.
     reward_model: the reward adapter (directory or Adapter), the name of a reward role of the RoleModel, or a callable
     Rollout -> scores (batch,).
     score_statistics: (mean, std) of the reward model's own scores, for score_normalization="reward_model".
@@ -165,6 +59,7 @@ class PPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        ptx_dataset: Any = None,
         reward_model: RewardSource | Adapter | str | Path = "reward",
         score_statistics: tuple[float, float] | None = None,
         callbacks: list | None = None,
@@ -198,6 +93,8 @@ class PPOTrainer(Trainer):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+        if args.ema_decay is not None and "ema" not in model.roles:
+            model.copy_role("policy", "ema")
         model.set_trainable(["policy", "value"])
         self._checkpoint_activations(model, args)
         self.scale = self._score_scale(args, score_statistics)
@@ -206,16 +103,24 @@ class PPOTrainer(Trainer):
             processing_class=self.tokenizer, callbacks=callbacks,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = False
+        self._ptx = self._ptx_loss(model, args, ptx_dataset)
+        if args.ema_decay is not None:
+            self.add_callback(_AverageAfterStep(self))
+        if args.top_k or args.top_p < 1:
+            warnings.warn("top_k / top_p: sampled and scored distributions differ, so KL and ratios are biased", stacklevel=2)
         self._options = RolloutOptions(
-            sampling=Sampling(max_new_tokens=args.response_length, temperature=args.temperature),
+            sampling=Sampling(args.response_length, args.temperature, args.top_k, args.top_p),
             stop_ids=args.stop_token_ids or model.base.stop_ids,
             generation_batch_size=args.generation_batch_size or args.local_rollout_batch_size,
             scoring_batch_size=args.per_device_train_batch_size,
             logp_chunk_size=args.logp_chunk_size,
             share_lower_layers=args.share_lower_layers,
         )
+        self.kl_coef = args.kl_coef
+        self.skip_cycle: int | None = None
+        """The cycle whose remaining steps are skipped (`target_kl`)."""
+        self.rollout: Rollout | None = None
         self._micro_step: int | None = None  # derived from global_step at the first training_step, also after a resume
-        self._rollout: Rollout | None = None
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     @staticmethod
@@ -260,6 +165,36 @@ class PPOTrainer(Trainer):
         mean, std = (0.0, 1.0) if args.score_normalization == "none" else (None, None)
         return ScoreScale(mean, std, args.score_clip)
 
+    @staticmethod
+    def _ptx_loss(model: RoleModel, args: PPOConfig, dataset: Any) -> PtxLoss | None:
+        if not args.ptx_coef:
+            return None
+        if dataset is None:
+            raise InstructLiteError(f"ptx_coef={args.ptx_coef}: PPO-ptx needs ptx_dataset (ptx_data in a recipe), texts or demonstrations")
+        return PtxLoss(model.base, dataset, args)
+
+    @property
+    def unwrapped(self) -> RoleModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def frozen_roles(self) -> list[str]:
+        return [role for role in self.unwrapped.roles if role not in ("policy", "value", "ema")]
+
+    @property
+    def stored_roles(self) -> list[str]:
+        """What a checkpoint holds beside the policy."""
+        return [role for role in ("value", "ema") if role in self.unwrapped.roles]
+
+    @property
+    def rollout_is_live(self) -> bool:
+        """Whether the current rollout still has optimiser steps before it."""
+        return bool(self._micro_step) and self._micro_step % self.micro_steps_per_cycle != 0
+
+    @cached_property
+    def prompts_sha256(self) -> str:
+        return hashlib.sha256(json.dumps([row["prompt_ids"] for row in self.train_dataset]).encode()).hexdigest()
+
     # --- data: the same local rollout batch for every micro-step of a cycle --------------------------------------------
 
     @property
@@ -282,7 +217,8 @@ class PPOTrainer(Trainer):
     # --- one micro-step ----------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._micro_step, self._rollout = None, None
+        self._micro_step, self.rollout = None, None
+        self.kl_coef, self.skip_cycle = self.args.kl_coef, None
         return super().train(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: list[dict], num_items_in_batch: Any = None) -> Tensor:
@@ -290,17 +226,41 @@ class PPOTrainer(Trainer):
             self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
         cycle, phase = divmod(self._micro_step, self.micro_steps_per_cycle)
         if phase == 0:
-            self._rollout = self._collect(inputs, cycle)
+            self.rollout = self._collect(inputs, cycle)
+        self._skipping = self.skip_cycle == cycle
+        if self._skipping:
+            self._micro_step += 1
+            return torch.zeros((), device=self.args.device)  # no backward: without gradients Adam moves nothing
         start = time.perf_counter()
         rows, minibatch = self._rows_of(cycle, phase)
         self._first_step = phase < self.args.gradient_accumulation_steps
         self._tokens = self._minibatch_tokens(minibatch)
+        if self._ptx is not None:
+            self._ptx_backward(model)
         # Trainer's own step moves its inputs to the device; a rollout is there already, so it travels on `self`.
-        self._micro = self._rollout.take(rows)
+        self._micro = self.rollout.take(rows)
         loss = super().training_step(model, {"micro": torch.empty(0)}, None)
         self._micro_step += 1
+        if self.args.target_kl is not None and self._micro_step % self.args.gradient_accumulation_steps == 0:
+            self._stop_cycle_if_far(cycle)
         self._metrics["rollout/time_train"].append(time.perf_counter() - start)
         return loss
+
+    def _ptx_backward(self, model: torch.nn.Module) -> None:
+        """The ptx gradient of this micro-step, before PPO's and without a reduction of its own (that comes with PPO's)."""
+        model.train()
+        with self.accelerator.no_sync(model):
+            loss, mean = self._ptx(self.unwrapped, self._micro_step)
+            self.accelerator.backward(self.args.ptx_coef * loss * self.accelerator.num_processes)
+        self._metrics["ptx/loss"].append(mean)
+
+    def _stop_cycle_if_far(self, cycle: int) -> None:
+        """Skip what is left of the cycle once the policy is too far from the rollout's; all processes decide alike."""
+        noted = self._metrics["policy/approx_kl"][-self.args.gradient_accumulation_steps :]
+        total = self._reduce(torch.tensor([sum(noted), len(noted)], dtype=torch.float64))
+        if total[0] / total[1] > 1.5 * self.args.target_kl:
+            self.skip_cycle = cycle
+            self._metrics["policy/stopped_early"].append(1.0)
 
     def _rows_of(self, cycle: int, phase: int) -> tuple[Tensor, Tensor]:
         """Rows of this micro-batch, and of the whole minibatch it belongs to."""
@@ -312,7 +272,7 @@ class PPOTrainer(Trainer):
 
     def _minibatch_tokens(self, minibatch: Tensor) -> Tensor:
         """Response tokens of the optimiser step over all processes: what its loss is divided by."""
-        return self._reduce(self._rollout.mask[minibatch.to(self._rollout.mask.device)].sum())
+        return self._reduce(self.rollout.mask[minibatch.to(self.rollout.mask.device)].sum())
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """Clipped policy and value losses of one micro-batch; the token mean is that of the whole optimiser step."""
@@ -329,7 +289,7 @@ class PPOTrainer(Trainer):
         loss = tokens.sum() / self._tokens * self.accelerator.num_processes  # DDP averages over processes
         if not torch.isfinite(loss):
             raise InstructLiteError(
-                f"step {self.state.global_step}: the PPO loss is {loss.item()}; nothing was updated. Lower learning_rate or check the reward"
+                f"step {self.state.global_step}: the loss is {loss.item()}; nothing was updated. Lower learning_rate or check the reward"
             )
         self._note_losses(logps.detach(), old, stored, output["entropy"], policy, policy_clipped, value, value_clipped)
         return loss
@@ -360,7 +320,7 @@ class PPOTrainer(Trainer):
     # --- one cycle ---------------------------------------------------------------------------------------------------
 
     def _collect(self, rows: list[dict], cycle: int) -> Rollout:
-        model, args = self.accelerator.unwrap_model(self.model_wrapped), self.args
+        model, args = self.unwrapped, self.args
         rollout, seconds = collect(model, rows, self.reward_source, self._options, seed=mix(args.seed, cycle, args.process_index, 2))
         if not self.scale.fitted:
             self.scale.fit(rollout.scores, self._reduce)
@@ -368,6 +328,9 @@ class PPOTrainer(Trainer):
         metrics = self._assign_advantages(rollout, self.scale)
         if cycle == 0:
             self._check_reference(metrics["objective/kl_k3"])
+        if args.kl_controller == "adaptive":  # after the rewards of this cycle were made with the coefficient before
+            kl, episodes = metrics["objective/kl"], args.rollout_batch_size
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.target, args.horizon, episodes, args.kl_coef)
         tokens = int(rollout.mask.sum())
         metrics |= seconds | {"rollout/tokens_per_s": tokens / seconds["rollout/time_generate"]}
         for name, value in metrics.items():
@@ -377,7 +340,7 @@ class PPOTrainer(Trainer):
     def _assign_advantages(self, rollout: Rollout, scale: ScoreScale) -> dict[str, float]:
         args = self.args
         metrics = assign_advantages(
-            rollout, scale, kl_coef=args.kl_coef, gamma=args.gamma, lam=args.lam, missing_eos_penalty=args.missing_eos_penalty,
+            rollout, scale, kl_coef=self.kl_coef, gamma=args.gamma, lam=args.lam, missing_eos_penalty=args.missing_eos_penalty,
             whiten_rewards=args.whiten_rewards, reduce=self._reduce,
         )  # fmt: skip
         if not torch.isfinite(rollout.advantages).all() or not torch.isfinite(rollout.scores).all():
@@ -402,8 +365,7 @@ class PPOTrainer(Trainer):
     # --- optimiser -----------------------------------------------------------------------------------------------------
 
     def _groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        model = self.accelerator.unwrap_model(self.model)
-        return {role: model.role_parameters(role) for role in ("policy", "value")}
+        return {role: self.unwrapped.role_parameters(role) for role in ("policy", "value")}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW (or `optim`) with a group for each role; the value group may have its own learning rate."""
@@ -419,11 +381,13 @@ class PPOTrainer(Trainer):
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         """Each role is clipped on its own: clipped together, a large value gradient would shrink the policy's step."""
+        if self._skipping:
+            return torch.zeros(())
         norms = {}
         for role, parameters in self._groups().items():
             norms[role] = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
             self._metrics[f"{role}/grad_norm"].append(float(norms[role]))
-        if float(norms["value"]) == 0:
+        if all(p.grad is None for p in self._groups()["value"]):  # 0 can be: every token clipped
             raise InstructLiteError("the value adapter gets no gradient: its parameters are frozen or were replaced; nothing was updated")
         return norms["policy"]
 
@@ -443,10 +407,9 @@ class PPOTrainer(Trainer):
         if rows is None:
             raise InstructLiteError("evaluate() needs an eval_dataset")
         rank, processes = self.args.process_index, self.args.world_size
-        model = self.accelerator.unwrap_model(self.model)
         # Every process takes as many rows, or they would wait for each other.
         share = [rows[(i * processes + rank) % len(rows)] for i in range(-(-len(rows) // processes))]
-        rollout, seconds = collect(model, share, self.reward_source, self._options, seed=mix(self.args.seed, rank, 3))
+        rollout, seconds = collect(self.unwrapped, share, self.reward_source, self._options, seed=mix(self.args.seed, rank, 3))
         # Before the first cycle there is no scale yet; evaluating must not decide it.
         scale = self.scale if self.scale.fitted else ScoreScale(0.0, 1.0, None)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in (self._assign_advantages(rollout, scale) | seconds).items()}
@@ -458,4 +421,26 @@ class PPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy as a plain PEFT adapter."""
-        self.accelerator.unwrap_model(self.model).save_role("policy", output_dir or self.args.output_dir)
+        self.unwrapped.save_role("policy", output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Trainer calls this for checkpoints only (trainer.py, `_save_checkpoint`), on every process.
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_ppo_state(self, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Not Trainer's: it ends with `set_adapter`, which freezes the value adapter, and knows nothing of heads.
+        load_ppo_state(self, resume_from_checkpoint)
+
+
+class _AverageAfterStep(TrainerCallback):
+    """The exponential moving average of the policy, after every optimiser step."""
+
+    def __init__(self, trainer: PPOTrainer):
+        self.trainer = trainer
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        model = self.trainer.unwrapped
+        for average, current in zip(model.role_parameters("ema"), model.role_parameters("policy"), strict=True):
+            average.lerp_(current, 1 - args.ema_decay)

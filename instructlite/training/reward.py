@@ -57,7 +57,7 @@ class RewardRecipe(Recipe, RewardOptions):
         shown = [] if self.demonstrations is None else run.records("demonstrations", self.demonstrations, "demonstrations")
         with suppress_seqcls_warning():  # that the head is new is no news
             base = base_of(self.model, self, head="score")
-        config = self.trainer_config(run, base, train_sampling_strategy="group_by_length")
+        config = self.trainer_config(run, base)
         groups = encode_groups(base, records, config.max_length, run)
         eval_groups = encode_groups(base, held_out, config.max_length, run, "eval_") if held_out else []
         model = self._model(base, parent)

@@ -52,6 +52,9 @@ class ScoreScale:
             return scaled, torch.zeros_like(scaled, dtype=torch.bool)
         return scaled.clamp(-self.clip, self.clip), scaled.abs() > self.clip
 
+    def restore(self, mean: float | None, std: float | None) -> None:
+        self.mean, self.std, self.fitted = mean, std, mean is not None
+
     @torch.no_grad()
     def apply_to_head(self, head: nn.Linear) -> None:
         head.weight.div_(self.std)

@@ -56,7 +56,7 @@ class Rollout:
         for field in fields(self):
             value = getattr(self, field.name)
             picked[field.name] = value[rows.to(value.device)] if isinstance(value, Tensor) else value
-        picked["rows"] = [self.rows[i] for i in rows.tolist()]
+        picked["rows"] = [self.rows[i] for i in rows.tolist()] if self.rows else []
         return Rollout(**picked)
 
     def batch(self, temperature: float, chunk: int, entropy_grad: bool = False) -> ResponseBatch:

@@ -7,9 +7,12 @@ here and another way in PPO; the loss is that of the completion, with the token 
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import quantiles
 
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from trl import SFTConfig, SFTTrainer
@@ -44,13 +47,14 @@ class SFTRecipe(Recipe, SFTOptions):
         with full_precision(model), without_dataset_bars():
             trainer = SFTTrainer(model=model, args=config, train_dataset=rows, eval_dataset=eval_rows, processing_class=base.tokenizer)
         run.watch(trainer)
-        if eval_rows is not None:
-            run.metrics |= held_out_metrics(trainer, "_before")
-        start = time.perf_counter()
-        trainer.train()
-        run.metrics |= training_metrics(trainer, time.perf_counter() - start)
-        if eval_rows is not None:
-            run.metrics |= held_out_metrics(trainer)
+        with head_on_completions():
+            if eval_rows is not None:
+                run.metrics |= held_out_metrics(trainer, "_before")
+            start = time.perf_counter()
+            trainer.train()
+            run.metrics |= training_metrics(trainer, time.perf_counter() - start)
+            if eval_rows is not None:
+                run.metrics |= held_out_metrics(trainer)
         save_adapter(model, base, run.directory, role="policy", parents={"sft": parent.sha256} if parent else None)
 
     def _model(self, base: Base, parent: Adapter | None) -> PeftModel:
@@ -84,6 +88,21 @@ def report_too_long(run: Run, lengths: list[int], kept: int, max_length: int | N
         )
     if dropped:
         run.note(f"left out {dropped} of {len(lengths)} {prefix}{what}: longer than training.max_length={max_length} tokens")
+
+
+@contextmanager
+def head_on_completions() -> Iterator[None]:
+    """Have TRL project only completion tokens onto the vocabulary on every device, not just where Triton runs.
+
+    Elsewhere it projects every position (trl/trainer/utils.py, `compact` in add_fused_lm_head) for the sake of Neuron's
+    compiler; on a CPU that was 40 % of the time of SFT. The losses are the same to the last bit.
+    """
+    original = trl.trainer.utils._use_triton
+    trl.trainer.utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl.trainer.utils._use_triton = original
 
 
 @torch.no_grad()

@@ -1,0 +1,103 @@
+"""PPOConfig: TrainingArguments plus the options of PPO, and what follows from them about the shape of a cycle."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..errors import InstructLiteError
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """TrainingArguments plus PPO's options, under the names they had in TRL. Steps are optimiser steps."""
+
+    num_ppo_epochs: int = 4
+    """Passes over each rollout batch."""
+    num_mini_batches: int = 1
+    """Optimiser steps a pass; the rollout batch is this many times per-device batch x accumulation x processes."""
+    total_episodes: int | None = None
+    """Stop after this many episodes (sets max_steps). None: `max_steps` or `num_train_epochs` decide."""
+    kl_coef: float = 0.05
+    """beta, per token and nat, in the reward; where an adaptive controller starts."""
+    kl_controller: str = "fixed"
+    """"fixed", or "adaptive": beta moves so that the KL of a sequence comes to `target` (Ziegler 2019)."""
+    target: float = 6.0
+    """Of the adaptive controller: nats a sequence. It should grow with the response length (6 was for 24 to 48 tokens)."""
+    horizon: int = 10_000
+    """Of the adaptive controller: episodes over which beta can change by about a factor e^0.2."""
+    target_kl: float | None = None
+    """Once the new policy is 1.5 times this many nats a token away from the rollout's, the rest of the cycle is skipped."""
+    ptx_coef: float = 0.0
+    """gamma of PPO-ptx: weight of the log-likelihood of the `ptx_dataset`, a mean over tokens. 0.1 is where to start:
+    InstructGPT's 27.8 multiplied a sum that was normalised otherwise."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the policy (InstructGPT: 0.992 a step) and save that. None: none."""
+    cliprange: float = 0.2
+    cliprange_value: float | None = 0.2
+    """In units of the scaled score. None: the value loss is not clipped."""
+    vf_coef: float = 0.1
+    """Weight of the value loss. Policy and value share no parameters and are clipped apart, so with Adam it hardly matters;
+    use `value_learning_rate`."""
+    entropy_coef: float = 0.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = None
+    """Taken off the scaled score of a response that did not stop by itself."""
+    response_length: int = 53
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Of sampling; policy, reference and entropy are those of the tempered distribution."""
+    top_k: int = 0
+    top_p: float = 1.0
+    """With top_k or top_p the sampled distribution is not the scored one: the KL and the ratio are then biased, and it is said."""
+    stop_token_ids: list[int] | None = None
+    """Token ids that end a response. None: the chat template's end of turn and all eos ids of the model."""
+    max_prompt_length: int | None = None
+    """Prompts of more tokens are left out, and counted. None: none is."""
+    generation_batch_size: int | None = None
+    """Prompts per generate call. None: the whole local rollout batch."""
+    score_normalization: str = "first_rollout"
+    """"first_rollout", "reward_model" (the statistics its run measured) or "none"."""
+    score_clip: float | None = 10.0
+    """Scaled scores beyond this are clipped."""
+    value_learning_rate: float | None = None
+    """None: the same as learning_rate."""
+    share_lower_layers: bool = True
+    """Compute the layers below the lowest adapter once a rollout, for all roles and epochs (where the base allows it)."""
+    logp_chunk_size: int = 256
+    """Tokens whose logits are in memory at once."""
+    learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's initial learning rate of the policy."})
+    logging_steps: float = 1
+    logging_nan_inf_filter: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.label_names = []
+        self.remove_unused_columns = False
+        if self.score_normalization not in ("first_rollout", "reward_model", "none"):
+            raise InstructLiteError(f"score_normalization={self.score_normalization!r}: choose first_rollout, reward_model or none")
+        if self.kl_controller not in ("fixed", "adaptive"):
+            raise InstructLiteError(f"kl_controller={self.kl_controller!r}: choose fixed or adaptive")
+        if self.temperature <= 0:
+            raise InstructLiteError(f"temperature={self.temperature}: PPO samples; it must be above 0")
+        for option in ("use_liger_kernel", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile", "fp16"):
+            if getattr(self, option):
+                raise InstructLiteError(
+                    f"{option}: not supported in PPO (it would make sampled and scored distributions differ); remove it"
+                )
+        if self.deepspeed or self.fsdp:
+            raise InstructLiteError("PPO runs on one process or under DDP; remove deepspeed / fsdp")
+
+    @property
+    def local_rollout_batch_size(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Episodes a cycle over all processes."""
+        return self.local_rollout_batch_size * self.world_size
+
+    @property
+    def steps_per_cycle(self) -> int:
+        return self.num_ppo_epochs * self.num_mini_batches
