@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from instructlite import evaluate
 from instructlite.config import Lora
 from instructlite.errors import InstructLiteError
+from instructlite.evaluation.compare import Candidate, Comparison, Decoding
 from instructlite.models.base import load_base, lora_config
 from instructlite.models.manifest import Adapter, write_manifest
 from instructlite.models.roles import RoleModel
+from instructlite.models.sampling import Sampling
 
 PROMPTS = [{"prompt": text} for text in ("Hi", "Why is the sky blue?", "Name a tree.", "How do I bake bread without an oven?", "Sing!")]
 DEMONSTRATIONS = [
@@ -255,6 +258,14 @@ def test_the_shown_losses_are_the_worst(report):
     worst = sorted(min(difference(prompt, sample) for sample in range(2)) for prompt in range(len(PROMPTS)))
     shown = [difference(sample["prompt"], sample["sample"]) for sample in losses]
     assert shown == worst[: len(shown)] and max(shown) < 0
+
+
+def test_the_stop_token_counts_for_the_length_and_not_as_a_word(tiny_base):
+    sft = Candidate("sft", None, None)
+    comparison = Comparison(SimpleNamespace(base=tiny_base), [sft], [], [], 32, 0, {})
+    ended, cut, stop = [50, 51, tiny_base.end_id], [50, 51, 52], [tiny_base.end_id]
+    found = comparison._text(Decoding("sampled", Sampling(), 3, answers={"sft": [ended, cut, stop]}), sft)
+    assert (found["length"], found["ended"], found["distinct_2"]) == pytest.approx((7 / 3, 2 / 3, 2 / 3))
 
 
 def test_candidates_of_one_name_are_told_apart(runs, tmp_path):

@@ -104,7 +104,9 @@ def test_a_training_option_that_cannot_be_is_one_line(training, message):
 
 
 def test_training_options_win_over_our_defaults():
-    config = trainer_config(RewardConfig, {"save_strategy": "steps", "seed": 5}, output_dir="unused", use_cpu=True, save_strategy="no", seed=1)
+    config = trainer_config(
+        RewardConfig, {"save_strategy": "steps", "seed": 5}, output_dir="unused", use_cpu=True, save_strategy="no", seed=1
+    )
     assert (config.save_strategy, config.seed) == ("steps", 5)
 
 
@@ -124,7 +126,9 @@ def test_a_value_that_is_not_finite_stops_before_the_update(tiny_path, tmp_path,
             return loss
 
     monkeypatch.setattr(sft, "SFTTrainer", Poisoned)
-    with pytest.raises(InstructLiteError, match=r"step 3: the gradient is not finite \(learning rate 0.00\d+, last logged loss \d") as caught:
+    with pytest.raises(
+        InstructLiteError, match=r"step 3: the gradient is not finite \(learning rate 0.00\d+, last logged loss \d"
+    ) as caught:
         tiny_sft(tiny_path).run(tmp_path / "sft")
     assert "\n" not in str(caught.value)
     assert before

@@ -57,7 +57,8 @@ def test_the_loss_is_on_the_completion_with_its_end_token_and_never_on_padding(t
 def test_held_out_loss_is_the_mean_over_completion_tokens(tiny_path, tmp_path):
     adapter = tiny_sft(tiny_path, eval_data=ROWS[:7], training={"per_device_eval_batch_size": 3}).run(tmp_path / "sft")
     base = load_base(tiny_path, dtype="float32", chat_template="chatml")
-    for model, suffix in ((base.model, "_before"), (PeftModel.from_pretrained(base.model, adapter.path), "")):
+    for suffix in ("_before", ""):
+        model = PeftModel.from_pretrained(base.model, adapter.path) if suffix == "" else base.model
         losses = []
         for row in ROWS[:7]:
             prompt, answer = base.encode_prompt(row["prompt"]), base.encode_completion(row["completion"])
@@ -96,9 +97,9 @@ def test_plain_peft_and_the_role_model_compute_what_was_trained_to_the_last_bit(
 
 
 def test_the_directory_names_its_base_and_carries_the_tokenizer(tiny_path, tmp_path):
-    adapter = tiny_sft(tiny_path).run(tmp_path / "sft")
+    adapter = tiny_sft(tiny_path, revision="v1").run(tmp_path / "sft")
     config = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_path), adapter.path).peft_config["default"]
-    assert config.base_model_name_or_path == str(tiny_path)
+    assert (config.base_model_name_or_path, config.revision) == (str(tiny_path), "v1")
     assert '"inference_mode": true' in (adapter.path / "adapter_config.json").read_text()
     tokenizer = AutoTokenizer.from_pretrained(adapter.path)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id

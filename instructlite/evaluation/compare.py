@@ -56,7 +56,7 @@ class Decoding:
 
 
 def evaluate(
-    candidates: Sequence[Model],
+    candidates: Model | Sequence[Model],
     data: Source,
     judge: Model | Sequence[Model] | Mapping[str, Model],
     *,
@@ -174,7 +174,7 @@ class Comparison:
         parts = [[(tuple(prompt), tuple(answer)) for prompt, answer in self.sequences(*key)] for key in keys]
         different = list(dict.fromkeys(itertools.chain(*parts)))
         for judge in self.judges:
-            with _phase(f"judge, {judge.name}", self.seconds, len(different)) as advance:
+            with _phase(f"scores by {judge.name}", self.seconds, len(different)) as advance:
                 sequences = [(list(prompt), list(answer)) for prompt, answer in different]
                 scores = judge.scores(self.model, sequences, batch_size=self.batch_size, progress=advance)
             score_of = dict(zip(different, scores.tolist(), strict=True))
@@ -305,8 +305,8 @@ class Comparison:
         return {"prompt": self.prompts[number][0], "answers": answers}
 
 
-def _candidates(given: Sequence[Model]) -> list[Candidate]:
-    members = [member if member == "base" else Adapter.load(member) for member in given]
+def _candidates(given: Model | Sequence[Model]) -> list[Candidate]:
+    members = [member if member == "base" else Adapter.load(member) for member in _listed(given)]
     if not members:
         raise InstructLiteError('candidates: there are none; pass adapters, "base", or both')
     for member in members:
@@ -323,11 +323,15 @@ def _judges(given: Model | Sequence[Model] | Mapping[str, Model]) -> list[Reward
     if isinstance(given, Mapping):
         names, members = list(given), [Adapter.load(member) for member in given.values()]
     else:
-        members = [Adapter.load(member) for member in ([given] if isinstance(given, (str, Path, Adapter)) else given)]
+        members = [Adapter.load(member) for member in _listed(given)]
         names = _names(members)
     if not members:
         raise InstructLiteError("judge: there is none; pass a reward adapter")
     return [RewardJudge(name, member, f"judge{number}") for number, (name, member) in enumerate(zip(names, members, strict=True))]
+
+
+def _listed(given: Model | Sequence[Model]) -> Sequence[Model]:
+    return [given] if isinstance(given, (str, Path, Adapter)) else given
 
 
 def _names(members: Sequence[Adapter | str]) -> list[str]:

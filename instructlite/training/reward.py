@@ -52,7 +52,8 @@ class RewardRecipe(Recipe, RewardOptions):
 
     def train(self, run: Run) -> None:
         parent = parent_of(self.model)
-        records = run.records("comparisons", self.data)
+        # None: files of comparisons and of rankings are told apart by their keys. The starter data has both.
+        records = run.records("comparisons", self.data, "comparisons" if self.data == "starter" else None)
         held_out = [] if self.eval_data is None else run.records("eval", self.eval_data)
         shown = [] if self.demonstrations is None else run.records("demonstrations", self.demonstrations, "demonstrations")
         with suppress_seqcls_warning():  # that the head is new is no news
@@ -139,20 +140,13 @@ def _with_head(config: LoraConfig) -> LoraConfig:
 def encode_groups(base: Base, records: list[dict], max_length: int | None, run: Run, prefix: str = "") -> list[dict]:
     """Comparisons and rankings as {responses_ids: K token lists with the prompt in each, ranks: K, length: the longest}.
 
-    A group without a pair (all ranks tied) teaches nothing; one with an answer beyond `max_length` is left out whole.
+    A group with an answer beyond `max_length` is left out whole: its other pairs would stand for all of it.
     """
     groups = []
     for group in as_groups(records):
-        if len(set(group["ranks"])) < 2:
-            continue
         prompt = base.encode_prompt(group["prompt"])
         responses = [prompt + base.encode_completion(text) for text in group["responses"]]
         groups.append({"responses_ids": responses, "ranks": [float(rank) for rank in group["ranks"]], "length": max(map(len, responses))})
-    if tied := len(records) - len(groups):
-        run.metrics[f"{prefix}groups_tied"] = tied
-        run.note(f"left out {tied} of {len(records)} {prefix}groups: all their answers are tied")
-    if not groups:
-        raise InstructLiteError(f"all {len(records)} {prefix}groups are ties: there is no pair to learn from; bring comparisons")
     kept = [group for group in groups if max_length is None or group["length"] <= max_length]
     report_too_long(run, [group["length"] for group in groups], len(kept), max_length, prefix, "groups")
     return kept
