@@ -3,10 +3,8 @@
 A user's mistake is one line on stderr and exit code 2; `--debug` shows the traceback.
 """
 
-import logging
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,7 +138,9 @@ def evaluate(
         prompts, judge = prompts or run_directory / "data" / "heldout_prompts.jsonl", judge or run_directory / "judge"
     if prompts is None or judge is None or output is None:
         raise InstructLiteError("to compare adapters, give --prompts FILE, --judge ADAPTER and --output DIRECTORY for the report")
-    _hush_libraries()
+    from .training.recipe import quiet_libraries
+
+    quiet_libraries()
     from .evaluation.compare import evaluate as compare
 
     options = {} if samples is None else {"samples": samples}
@@ -158,10 +158,12 @@ def _run(loop: "Loop", output: Path, only: str | None = None) -> None:
         console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
 
     say(f"{loop.model} into {output}: loading the libraries")
-    _hush_libraries()
+    from .training.recipe import quiet_libraries
+
+    quiet_libraries()
     from .pipeline import run_loop
 
-    result = run_loop(loop, output, only=only, say=say)
+    result = run_loop(loop, output, only=only, isolate=True, say=say)
     if result.report is not None:
         print(f"\n{result.report}")
     console.print()
@@ -188,15 +190,3 @@ def _stage_table(stages: "list[StageRun]") -> "Table":
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _hush_libraries() -> None:
-    """One voice on the terminal: ours. The libraries' progress bars and advice would stand between our lines."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks at import for a package that would make 4 bits faster on a CPU
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\b")  # from one library to another

@@ -5,9 +5,9 @@ options, the data files, the adapters before it); a stage that would be made fro
 interrupted is not in the file and starts over. Nothing is printed here: lines for the user go through `say`.
 """
 
-import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ from .config import SECTIONS, STAGES, DataOptions, Loop
 from .data.records import as_groups, data_hash, read_records, split_by_prompt, write_records
 from .errors import BadRecords, InstructLiteError
 from .models.manifest import NAME as MANIFEST
-from .models.manifest import is_adapter, sha256_file
+from .models.manifest import Adapter, is_adapter, sha256_file
 
 if TYPE_CHECKING:
     from .evaluation.report import Report
@@ -53,11 +53,14 @@ class LoopRun:
     """None where the report was skipped, or left out by `only`."""
 
 
-def run_loop(loop: Loop, output_dir: str | os.PathLike, *, only: str | None = None, say: Say = lambda line: None) -> LoopRun:
+def run_loop(
+    loop: Loop, output_dir: str | os.PathLike, *, only: str | None = None, isolate: bool = False, say: Say = lambda line: None
+) -> LoopRun:
     """Run the loop into `output_dir`, skipping what is done.
 
-    only: run this stage alone, again if it is done, on what the stages before it left there. Raises InstructLiteError
-    before anything is trained if a data file or a `training:` block has faults.
+    only: run this stage alone, again if it is done, on what the stages before it left there. isolate: each stage in a
+    process of its own, so that it starts with all of the memory (a script must then stand under `if __name__ == "__main__"`).
+    Raises InstructLiteError before anything is trained if a data file or a `training:` block has faults.
     """
     if only is not None and only not in STAGES:
         raise InstructLiteError(f"--only {only}: no such stage; stages: {', '.join(STAGES)}")
@@ -69,6 +72,7 @@ def run_loop(loop: Loop, output_dir: str | os.PathLike, *, only: str | None = No
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(loop.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
     ledger = Ledger(run / "stages.json")
+    call = in_own_process if isolate else in_this_process
     done: list[StageRun] = []
     report = None
     # 1. Data: read and split again each time, which takes seconds and is how a changed file is noticed
@@ -79,10 +83,10 @@ def run_loop(loop: Loop, output_dir: str | os.PathLike, *, only: str | None = No
     # 2. SFT  3. Reward model  4. Judge  5. PPO
     for stage in SECTIONS:
         if only in (None, stage):
-            done.append(_train(stage, loop, run, ledger, again=only is not None, say=say))
+            done.append(_train(stage, loop, run, ledger, call, again=only is not None, say=say))
     # 6. Report
     if only in (None, "report"):
-        stage_run, report = _report(loop, run, ledger, again=only is not None, say=say)
+        stage_run, report = _report(loop, run, ledger, call, again=only is not None, say=say)
         done.append(stage_run)
     return LoopRun(run, done, report)
 
@@ -183,15 +187,16 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
     }
 
 
-def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", *, again: bool, say: Say) -> StageRun:
+def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: bool, say: Say) -> StageRun:
     path, inputs, options = run / stage, stage_inputs(stage, loop, run), loop.options(stage)
     made_from = _made_from(stage, inputs, {**options, "lora": asdict(options["lora"])})
     if not again and is_adapter(path) and ledger.has(stage, made_from):
         say(f"{stage}: kept from before, made from the same options and data ({path})")
         return ledger.stage_run(stage, path, skipped=True)
     say(f"{stage}: training")
-    with ledger.running(stage, made_from):
-        adapter = recipe_class(stage)(**inputs, **options).run(path)
+    with ledger.running(stage, made_from) as peak:
+        adapter, memory = call(_run_recipe, stage, {**inputs, **options}, path)
+        peak |= memory
     stage_run = ledger.stage_run(stage, path, skipped=False)
     say(f"{stage}: done in {stage_run.seconds:.0f} s{_came_of_it(stage, adapter.metrics)}")
     return stage_run
@@ -213,19 +218,29 @@ def _came_of_it(stage: str, metrics: Mapping[str, Any]) -> str:
     return ""
 
 
-def _report(loop: Loop, run: Path, ledger: "Ledger", *, again: bool, say: Say) -> tuple[StageRun, "Report | None"]:
+def _run_recipe(stage: str, options: dict[str, Any], path: Path) -> Adapter:
+    return recipe_class(stage)(**options).run(path)
+
+
+def _evaluate(run: Path, inputs: dict[str, Any], options: dict[str, Any]) -> "Report":
+    from .evaluation.compare import evaluate
+
+    # The judge comes first and leads; the reward model beside it shows what PPO was optimised for.
+    candidates, judges = ["base", run / "sft", run / "ppo"], [run / "judge", run / "reward"]
+    return evaluate(candidates, judge=judges, output_dir=run / "report", **inputs, **options)
+
+
+def _report(loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: bool, say: Say) -> tuple[StageRun, "Report | None"]:
     path, inputs = run / "report", stage_inputs("report", loop, run)
     made_from = _made_from("report", inputs, asdict(loop.evaluation))
     if not again and (path / "report.json").is_file() and ledger.has("report", made_from):
         say(f"report: kept from before, made from the same options and adapters ({path})")
         return ledger.stage_run("report", path, skipped=True), None
-    from .evaluation.compare import evaluate
-
     say("report: base, SFT and PPO answer the held-out prompts")
-    sft, ppo, judge, reward = (inputs.pop(name) for name in ("sft", "ppo", "judge", "reward"))
-    with ledger.running("report", made_from):
-        # The judge comes first and leads; the reward model beside it shows what PPO was optimised for.
-        report = evaluate(["base", sft, ppo], judge=[judge, reward], output_dir=path, **inputs, **asdict(loop.evaluation))
+    records = {name: inputs[name] for name in ("data", "heldout_demonstrations")}
+    with ledger.running("report", made_from) as peak:
+        report, memory = call(_evaluate, run, records, asdict(loop.evaluation))
+        peak |= memory
     return ledger.stage_run("report", path, skipped=False), report
 
 
@@ -240,6 +255,52 @@ def _made_from(stage: str, inputs: Mapping[str, Any], options: Mapping[str, Any]
             raise InstructLiteError(f"{stage} needs {value}, which is not there: run the stage that makes it first, or leave out --only")
         contents[name] = sha256_file(file)
     return hashlib.sha256(json.dumps({"inputs": contents, "options": options}, sort_keys=True).encode()).hexdigest()
+
+
+Call = Callable[..., tuple[Any, dict[str, float]]]
+"""Calls a function with arguments; gives its result, and the most memory its process has held."""
+
+
+def in_this_process(function: Callable, *arguments: Any) -> tuple[Any, dict[str, float]]:
+    from .training.recipe import peak_memory
+
+    return function(*arguments), peak_memory()
+
+
+def in_own_process(function: Callable, *arguments: Any) -> tuple[Any, dict[str, float]]:
+    """As `in_this_process`, but what the function held is the system's again afterwards: the allocator keeps much of it.
+
+    Where there is a fork server the heavy libraries are imported once, in it. An InstructLiteError there is raised here.
+    """
+    own = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(own)
+    context.set_forkserver_preload([f"instructlite.{name}" for name in ("training.ppo", "training.reward", "evaluation.compare")])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        result, peak, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise InstructLiteError(f"the stage's process ended with exit code {process.exitcode}; what it printed last says why") from None
+    except KeyboardInterrupt:
+        process.join()  # it was interrupted too, and cleans up behind itself
+        raise
+    process.join()
+    if error is not None:
+        raise InstructLiteError(error)
+    return result, peak
+
+
+def _answer(sender: Any, function: Callable, arguments: tuple) -> None:
+    from .training.recipe import quiet_libraries
+
+    quiet_libraries()
+    try:
+        sender.send((*in_this_process(function, *arguments), None))
+    except InstructLiteError as error:
+        sender.send((None, {}, str(error)))
 
 
 class Ledger:
@@ -257,16 +318,17 @@ class Ledger:
         return StageRun(stage, path, skipped, entry["seconds"], entry.get("peak_rss_mb"), entry.get("peak_gpu_mb"))
 
     @contextmanager
-    def running(self, stage: str, made_from: str) -> Iterator[None]:
-        """Time the stage and write it down when it has finished; while it runs, and if it fails, it is not in the file."""
-        from .training.recipe import peak_memory
+    def running(self, stage: str, made_from: str) -> Iterator[dict[str, float]]:
+        """Time the stage and write it down when it has finished; while it runs, and if it fails, it is not in the file.
 
+        Yields a dict for the peak memory.
+        """
         if self.entries.pop(stage, None):
             self._write()
         start = time.perf_counter()
-        yield
-        gc.collect()  # the base that the stage had in memory, before the next one loads its own
-        self.entries[stage] = {"made_from": made_from, "seconds": round(time.perf_counter() - start, 1), **peak_memory()}
+        peak: dict[str, float] = {}
+        yield peak
+        self.entries[stage] = {"made_from": made_from, "seconds": round(time.perf_counter() - start, 1), **peak}
         self._write()
 
     def _write(self) -> None:

@@ -29,7 +29,8 @@ def loops(monkeypatch):
     """Stands in for run_loop: notes what it was asked for and claims to have made a report."""
     seen = []
 
-    def run_loop(loop, output, *, only, say):
+    def run_loop(loop, output, *, only, isolate, say):
+        assert isolate
         seen.append((loop, output, only))
         say("sft: training")
         return LoopRun(

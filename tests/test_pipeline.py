@@ -1,6 +1,7 @@
 """The loop's wiring: what is split, what each stage is given, what is done again. The recipes are stand-ins that write no weights."""
 
 import json
+import os
 import re
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from instructlite.config import DataOptions, load_loop
 from instructlite.data.records import read_records, write_records
 from instructlite.errors import BadRecords, InstructLiteError
 from instructlite.models.manifest import Adapter
-from instructlite.pipeline import prepare_data, run_loop
+from instructlite.pipeline import in_own_process, prepare_data, run_loop
 
 
 def opening(record: dict) -> str:
@@ -159,7 +160,6 @@ def stood_in(files, tmp_path, monkeypatch):
         return result, [name for name, _ in state.calls]
 
     monkeypatch.setattr(pipeline, "recipe_class", lambda stage: Recipe)
-    monkeypatch.setattr(pipeline, "gc", SimpleNamespace(collect=lambda: None))  # nothing to collect, and it takes a second
     monkeypatch.setattr("instructlite.evaluation.compare.evaluate", evaluate)
     state.go, state.loop = go, loop
     return state
@@ -187,7 +187,7 @@ def test_stages_run_in_order_each_on_what_came_before(stood_in):
     assert given["ppo"]["lora"].top_layers == 3
     assert result.report == "the report"
     assert sum("accuracy 0.70 [0.60, 0.80] on 9 held-out pairs (the longer answer wins in 0.50)" in line for line in stood_in.said) >= 2
-    assert all(stage.seconds >= 0 and stage.peak_rss_mb > 0 for stage in result.stages)
+    assert all(stage.seconds >= 0 and stage.peak_rss_mb > 0 for stage in result.stages[1:])
 
 
 def test_what_is_done_is_kept(stood_in):
@@ -290,3 +290,16 @@ def test_the_whole_loop_on_the_tiny_model(files, tmp_path, tiny_path):
     assert {rate["judge"] for rate in report["win_rates"]} == {"judge", "reward"}
     assert str(result.report)
     assert [stage.skipped for stage in run_loop(load_loop(recipe), run).stages] == [False, *[True] * 5]
+
+
+def fail_as_users_do(path):
+    raise InstructLiteError(f"{path}:3: field 'prompt': empty")
+
+
+def test_a_stage_in_its_own_process_gives_its_result_its_memory_and_its_error():
+    pid, peak = in_own_process(os.getpid)
+    assert pid != os.getpid() and peak["peak_rss_mb"] > 0
+    with pytest.raises(InstructLiteError, match="d.jsonl:3: field 'prompt': empty"):
+        in_own_process(fail_as_users_do, "d.jsonl")
+    with pytest.raises(InstructLiteError, match="ended with exit code 7"):
+        in_own_process(os._exit, 7)

@@ -96,6 +96,7 @@ class PPOTrainer(Trainer):
         if args.ema_decay is not None and "ema" not in model.roles:
             model.copy_role("policy", "ema")
         model.set_trainable(["policy", "value"])
+        model.autocast = True
         self._checkpoint_activations(model, args)
         self.scale = self._score_scale(args, score_statistics)
         super().__init__(

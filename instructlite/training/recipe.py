@@ -8,6 +8,7 @@ would carry a Hub token) gets into it. Not here: resuming an interrupted run.
 import difflib
 import importlib.metadata
 import json
+import logging
 import math
 import platform
 import secrets
@@ -25,6 +26,7 @@ from typing import Any, ClassVar
 
 import datasets
 import torch
+import transformers
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -262,6 +264,15 @@ def full_precision(model: PeftModel) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if name in kept:
             parameter.data = kept[name]
+
+
+def quiet_libraries() -> None:
+    """One voice on the terminal: ours. The libraries' progress bars and advice would stand between our lines."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks at import for a package that would make 4 bits faster on a CPU
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\b")  # from one library to another
 
 
 @contextmanager
