@@ -6,7 +6,7 @@ import pytest
 
 from instructlite.data.records import STARTER, check_file, read_records, split_by_prompt
 
-ROWS = {"demonstrations": 320, "comparisons": 605, "rankings": 29, "prose": 143}
+ROWS = {"demonstrations": 320, "comparisons": 828, "rankings": 29, "prose": 143}
 KINDS = {"demonstrations": "demonstrations", "comparisons": "comparisons", "rankings": "rankings", "prose": "texts"}
 
 
@@ -67,8 +67,8 @@ def test_both_kinds_of_demonstrations_are_mixed_throughout():
 
 
 def test_comparisons_suffice_for_reward_judge_and_held_out_pairs():
-    parts = split_by_prompt(read_records("starter", "comparisons"), {"reward": 315, "judge": 200, "heldout": 90})
-    assert [abs(len(part) - size) <= 5 for part, size in zip(parts.values(), (315, 200, 90), strict=True)] == [True] * 3
+    parts = split_by_prompt(read_records("starter", "comparisons"), {"reward": 400, "judge": 280, "heldout": 136})
+    assert [abs(len(part) - size) <= 5 for part, size in zip(parts.values(), (400, 280, 136), strict=True)] == [True] * 3
 
 
 def test_no_contact_data_links_or_chat_markup_are_in_the_texts():
