@@ -210,7 +210,12 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return {"cpu": (names or [platform.processor()])[0], "cores": os.cpu_count(), "memory_gb": round(memory, 1), "system": platform.system()}
+    return {
+        "cpu": (names or [platform.processor()])[0],
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory, 1),
+        "system": platform.system(),
+    }
 
 
 def table(results: dict[str, Any]) -> str:

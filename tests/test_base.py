@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from conftest import SPECIAL, byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import SPECIAL, byte_tokenizer
 from instructlite.config import BaseOptions, Lora
 from instructlite.errors import InstructLiteError
 from instructlite.models.base import base_of, encode_prompt, fingerprint, load_base, lora_config

@@ -15,17 +15,28 @@ from instructlite.models.manifest import Adapter
 from instructlite.models.roles import RoleModel
 
 DEMONSTRATIONS = [{"prompt": f"say {word}", "completion": f"{word}!"} for word in ("yes", "no", "maybe", "so", "well", "oh", "ah", "eh")]
-COMPARISONS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "?" * (n % 3 + 1)} for n, row in enumerate(DEMONSTRATIONS)]
+COMPARISONS = [
+    {"prompt": row["prompt"], "chosen": row["completion"], "rejected": "?" * (n % 3 + 1)} for n, row in enumerate(DEMONSTRATIONS)
+]
 PROMPTS = [{"prompt": row["prompt"]} for row in DEMONSTRATIONS]
 LORA = Lora(r=4, alpha=8, top_layers=2)
-PPO = {"per_device_train_batch_size": 2, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 8, "response_length": 8, "learning_rate": 1e-3}
+PPO = {
+    "per_device_train_batch_size": 2,
+    "num_mini_batches": 2,
+    "num_ppo_epochs": 2,
+    "max_steps": 8,
+    "response_length": 8,
+    "learning_rate": 1e-3,
+}
 
 
 def loop(base, directory, **options) -> dict[str, Adapter]:
     common = dict(seed=1, training={"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3})
     options = {"dtype": "float32", "chat_template": "chatml"} | options
     sft = SFTRecipe(model=str(base), data=DEMONSTRATIONS, lora=LORA, **common, **options).run(directory / "sft")
-    reward = RewardRecipe(model=sft, data=COMPARISONS, eval_data=COMPARISONS[:4], demonstrations=DEMONSTRATIONS, **common).run(directory / "reward")
+    reward = RewardRecipe(model=sft, data=COMPARISONS, eval_data=COMPARISONS[:4], demonstrations=DEMONSTRATIONS, **common).run(
+        directory / "reward"
+    )
     ppo = PPORecipe(model=sft, reward=reward, data=PROMPTS, seed=1, training=PPO).run(directory / "ppo")
     return {"sft": sft, "reward": reward, "ppo": ppo}
 

@@ -24,7 +24,9 @@ def tiny(code: str, base: Path) -> str:
     small = '"per_device_train_batch_size": 2, "max_steps": 2'
     code = code.replace('"Qwen/Qwen3-0.6B"', repr(str(base))).replace('quantization="nf4"', 'dtype="float32", chat_template="chatml"')
     code = code.replace('{"max_steps": 200}', f'{{{small}, "response_length": 4}}')
-    code = code.replace("max_steps=64)", "max_steps=16, response_length=4, use_cpu=True, report_to=[], save_strategy='no', disable_tqdm=True)")
+    code = code.replace(
+        "max_steps=64)", "max_steps=16, response_length=4, use_cpu=True, report_to=[], save_strategy='no', disable_tqdm=True)"
+    )
     return re.sub(r'(Recipe\(model=[^\n]*?data="\w+\.jsonl")(?![^\n]*training=)', rf"\1, training={{{small}}}", code)
 
 
