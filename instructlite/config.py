@@ -87,12 +87,19 @@ class RewardOptions(BaseOptions):
     """Held-out comparisons and rankings: the accuracy is measured on them."""
     demonstrations: Any = None
     """The scores are shifted so that these score 0 on average. None: no shift."""
+    ensemble: int = 1
+    """So many reward models, with seeds `seed`, `seed` + 1, ...: heads, fresh adapters and the order of the data differ."""
     lora: Lora = field(default_factory=Lora)
     head_learning_rate_scale: float = 5.0
     """The new scalar head learns this many times faster than the adapter."""
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     """Goes to trl.RewardConfig untouched."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ensemble < 1:
+            raise InstructLiteError(f"ensemble={self.ensemble}: at least 1, one reward model")
 
 
 @dataclass(kw_only=True)
@@ -102,9 +109,20 @@ class PPOOptions(BaseOptions):
     model: Any
     """The SFT adapter that the policy starts from and is held to, or a base model."""
     reward: Any
-    """The reward adapter, of the same base."""
+    """A reward adapter of the same base, or another source of reward, or several (see `rewards_of` in training/rewards.py)."""
     data: Any
     """Prompts."""
+    watch_reward: Any = None
+    """Another reward adapter of the same base, trained on other comparisons: scored along the run, never optimised."""
+    rewards: Any = None
+    """More sources: "module:function" (TRL's signature), "hf:MODEL", a mapping with `model`, or reward adapters; a list, or
+    a mapping {name: source}."""
+    reward_weights: dict[str, float] | list[float] | None = None
+    """Of the sources, by name or in order, after each was normalised. Those not named have 1."""
+    reward_combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """What a response gets from an ensemble of reward adapters."""
+    reward_std_weight: float = 0.5
+    """How much of the members' standard deviation "mean_minus_std" takes off."""
     kl_coef: float = 0.05
     """Weight of the KL penalty in the reward, per token, in nats. Short for `training.kl_coef`."""
     value_from: Literal["sft", "reward"] = "sft"
@@ -197,7 +215,9 @@ class Loop:
 
     def options(self, stage: str) -> dict[str, Any]:
         """The keyword arguments of the stage's recipe class, but for those that the pipeline wires (`model`, `data`, …)."""
-        section = merge(self.reward, self.judge) if stage == "judge" else getattr(self, stage)
+        section = getattr(self, stage)
+        if stage == "judge":  # one model judges, whatever the reward is made of
+            section = merge({option: value for option, value in self.reward.items() if option != "ensemble"}, self.judge)
         top = {name: getattr(self, name) for name in ("quantization", "dtype", "chat_template", "revision", "seed")}
         lora = Lora(**merge(asdict(self.lora), section.get("lora", {})))
         return {**top, **section, "lora": lora}

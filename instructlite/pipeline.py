@@ -68,6 +68,10 @@ def run_loop(
     for stage in SECTIONS:
         if only in (None, stage):
             recipe_class(stage).check_training(loop.options(stage).get("training", {}))
+    if only in (None, "ppo") and loop.ppo.get("rewards"):
+        from .training.rewards import check_functions
+
+        check_functions(loop.ppo["rewards"])
     run = Path(output_dir)
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(loop.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -112,7 +116,9 @@ def prepare_data(options: DataOptions, directory: Path) -> str:
     preferences = as_groups([*rows["comparisons"], *rows["rankings"]]) if "rankings" in rows else rows["comparisons"]
     compared = _split(preferences, "reward", options.comparison_limit, {"judge": options.judge, "heldout": options.heldout}, options.seed)
     parts = {**rows, **sft, **compared}
-    parts["prompts"] = _prompts(rows.get("prompts", parts["reward"]), options.prompt_characters)[: options.prompt_limit]
+    # Of a file of prompts the other columns are kept: reward functions get them.
+    prompts = _prompts(rows.get("prompts", parts["reward"]), options.prompt_characters, columns="prompts" in rows)
+    parts["prompts"] = prompts[: options.prompt_limit]
     parts["heldout_prompts"] = _prompts(parts["heldout"], options.prompt_characters)
     for name in ("prompts", "heldout_prompts"):
         if not parts[name]:
@@ -154,10 +160,10 @@ def _split(records: list[dict], rest: str, limit: int | None, parts: Mapping[str
     return split_by_prompt(records, {**sizes, rest: min(left, limit or left)}, seed)
 
 
-def _prompts(records: list[dict], characters: int | None) -> list[dict]:
-    """The different conversations of the records, in order, but for those that are too long."""
-    prompts = {json.dumps(record["prompt"]): record["prompt"] for record in records}.values()
-    return [{"prompt": prompt} for prompt in prompts if characters is None or sum(len(turn["content"]) for turn in prompt) <= characters]
+def _prompts(records: list[dict], characters: int | None, columns: bool = False) -> list[dict]:
+    """The different conversations of the records, in order, but for those that are too long; with their other columns or without."""
+    rows = {json.dumps(row["prompt"]): row if columns else {"prompt": row["prompt"]} for row in records}.values()
+    return [row for row in rows if characters is None or sum(len(turn["content"]) for turn in row["prompt"]) <= characters]
 
 
 def recipe_class(stage: str) -> type:

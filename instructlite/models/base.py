@@ -111,6 +111,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) ->
     return encoded["input_ids"]
 
 
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Chat-templated tokens of a finished conversation, as another reward model was trained to read it."""
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, sanitize_control_tokens=True)["input_ids"]
+
+
 def base_of(model: str | Path | Adapter, options: BaseOptions, *, head: str = "causal") -> Base:
     """The base of a model id, path or adapter; of an adapter, what the options leave open comes from its manifest."""
     if not is_adapter(model):
@@ -144,8 +149,8 @@ def load_base(
 
     model: Hub id, local directory, or "smollm2-135m" (the embedded one). dtype: "auto" is bfloat16 where the device
     computes in it, else float32. chat_template: a built-in name, a .jinja file, or None for the tokenizer's own.
-    head: "causal", or "score" for a sequence classifier with one label (reward training). Raises InstructLiteError for
-    what a user can mend: no such model, no template, no pad token, no bitsandbytes.
+    head: "causal"; "score" for a sequence classifier with one label (reward training); "reward" for one whose head has been
+    trained. Raises InstructLiteError for what a user can mend: no such model, no template, no pad token, no bitsandbytes.
     """
     path = _resolve(str(model), revision)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
@@ -154,12 +159,14 @@ def load_base(
     config = AutoConfig.from_pretrained(path)
     config.pad_token_id = tokenizer.pad_token_id  # where a sequence classifier looks for the last token
     auto = AutoModelForCausalLM
-    if head == "score":
+    if head != "causal":
         auto, config.num_labels = AutoModelForSequenceClassification, 1
-    options: dict[str, Any] = {"config": config, "dtype": torch_dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"config": config, "dtype": torch_dtype, "use_safetensors": True, "ignore_mismatched_sizes": head == "reward"}
     if quantization != "none":
         options |= {"quantization_config": _quantization(quantization, torch_dtype), "device_map": {"": device}}
-    loaded = auto.from_pretrained(path, **options)
+    loaded, loading = auto.from_pretrained(path, output_loading_info=True, **options)
+    if head == "reward" and (untrained := sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))):
+        raise InstructLiteError(f"{model}: no reward model with one score ({untrained[0]} is not in it or has another shape)")
     if quantization == "none":
         loaded.to(device)
     loaded.requires_grad_(False)

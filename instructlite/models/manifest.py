@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import shutil
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ class Manifest:
 
     `fingerprint` identifies the base's weights whatever the quantization; `score_bias` is the constant added to the
     scalar head of a reward adapter so that demonstrations score 0; `parents` maps a role to the sha256 of the adapter
-    weights it came from.
+    weights it came from; `members` names the directories, below this one, of the other members of an ensemble, with the
+    sha256 of their own manifests.
     """
 
     role: str
@@ -41,6 +43,7 @@ class Manifest:
     score_bias: float | None = None
     parents: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    members: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -90,6 +93,15 @@ def read_manifest(directory: str | Path) -> Manifest:
     return Manifest(**content)
 
 
+def add_members(directory: Path, members: list[Path]) -> None:
+    """Copy the other members of an ensemble into the first one's directory, and note them in its manifest."""
+    for member in members:
+        shutil.copytree(member, directory / member.name, dirs_exist_ok=True)
+    noted = {member.name: sha256_file(directory / member.name / NAME) for member in members}
+    manifest = replace(read_manifest(directory), members=noted)
+    (directory / NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Handle of an adapter directory: what a recipe's `run()` returns and every stage after it takes."""
@@ -114,6 +126,17 @@ class Adapter:
     def sha256(self) -> str:
         """Hash of the adapter's weights, by which its children name it."""
         return self.manifest.files["adapter_model.safetensors"]
+
+    @property
+    def members(self) -> list[Adapter]:
+        """The adapters of an ensemble, this one first; of any other adapter, only itself."""
+        found = [self]
+        for name, expected in self.manifest.members.items():
+            manifest = self.path / name / NAME
+            if not manifest.is_file() or sha256_file(manifest) != expected:
+                raise InstructLiteError(f"{manifest}: missing or changed since training; restore the directory or train the ensemble again")
+            found.append(Adapter.load(self.path / name))
+        return found
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class RoleModel(PeftModelForCausalLM):
     """
 
     base: Base
+    sources: dict[str, Adapter]
+    """The trained adapter each role was read from; copies and fresh ones have none."""
 
     @classmethod
     def load(cls, base: Base, adapters: Mapping[str, Adapter | LoraConfig]) -> RoleModel:
@@ -53,7 +55,7 @@ class RoleModel(PeftModelForCausalLM):
             config = _lora_of_trunk(config, source)
             if model is None:
                 model = cls(base.model, config, adapter_name=role)
-                model.base, model.heads = base, nn.ModuleDict()
+                model.base, model.heads, model.sources = base, nn.ModuleDict(), {}
             else:
                 model.add_adapter(role, config)
             if isinstance(source, Adapter):
@@ -66,22 +68,29 @@ class RoleModel(PeftModelForCausalLM):
 
     @classmethod
     def for_ppo(
-        cls, base: Base, policy: Adapter | LoraConfig, reward: Adapter | None = None, *, value_from: Literal["sft", "reward"] = "sft"
+        cls,
+        base: Base,
+        policy: Adapter | LoraConfig,
+        rewards: Adapter | Mapping[str, Adapter] | None = None,
+        *,
+        value_from: Literal["sft", "reward"] = "sft",
     ) -> RoleModel:
         """The roles of PPO: policy, reference (a copy of the SFT adapter; none for a fresh LoRA: then the base), value, reward.
 
-        value_from: "sft" copies the policy's adapter and starts at V = 0; "reward" copies adapter and head of the reward
-        model, as InstructGPT did.
+        rewards: several by role, or one as the role `reward`. value_from: "sft" copies the policy's adapter and starts at
+        V = 0; "reward" copies adapter and head of the (first) reward model, as InstructGPT did.
         """
-        model = cls.load(base, {"policy": policy} | ({"reward": reward} if reward else {}))
+        rewards = {"reward": rewards} if isinstance(rewards, Adapter) else dict(rewards or {})
+        model = cls.load(base, {"policy": policy, **rewards})
         if isinstance(policy, Adapter):
             model.copy_role("policy", "reference")
-        model.copy_role("policy" if value_from == "sft" else "reward", "value")
+        model.copy_role("policy" if value_from == "sft" else next(iter(rewards)), "value")
         if value_from == "sft":
             model.add_head("value")
         return model
 
     def _read_weights(self, role: str, adapter: Adapter) -> None:
+        self.sources[role] = adapter
         weights = load_file(adapter.path / "adapter_model.safetensors")
         # PEFT drops the head of a sequence-classification adapter in silence; here it becomes `heads[role]`.
         head = [name for name in weights if name.endswith("score.weight")]
@@ -139,8 +148,8 @@ class RoleModel(PeftModelForCausalLM):
         return nullcontext(), self.active(role)
 
     autocast = False
-    """Whether a half-precision base computes its fp32 adapters under autocast: PPO switches it on, for rollout and training
-    alike (a fifth faster on a CPU when measured). Without it the numbers are those of plain PEFT to the last bit."""
+    """Whether half-precision bases compute their fp32 adapters under autocast: PPO switches it on, for rollout and training
+    alike (a fifth faster on a CPU when measured); without it the numbers are those of plain PEFT to the last bit."""
 
     def precision(self) -> AbstractContextManager[None]:
         """The autocast that `autocast` asks for, to be held around every forward pass."""
@@ -157,6 +166,15 @@ class RoleModel(PeftModelForCausalLM):
             head.weight.copy_(weight) if weight is not None else head.weight.zero_()
             head.bias.fill_(bias)
         self.heads[role] = head.to(self.base.device)
+
+    def add_trained(self, role: str, adapter: Adapter) -> None:
+        """Add one more trained adapter, and its head if it has one; both frozen. Raises what `load` raises."""
+        verify(adapter, self.base)
+        self.add_adapter(role, _lora_of_trunk(PeftConfig.from_pretrained(adapter.path), adapter))
+        self._find_layers()
+        self._read_weights(role, adapter)
+        for parameter in self.role_parameters(role):
+            parameter.requires_grad_(False)
 
     def copy_role(self, source: str, target: str) -> None:
         """Add `target` as a copy of `source`: adapter, and head if it has one."""

@@ -9,11 +9,11 @@ from typing import Any
 from ..config import PPOOptions
 from ..errors import InstructLiteError
 from ..models.base import base_of, lora_config
-from ..models.manifest import Adapter
 from ..models.roles import RoleModel
 from .ppo_config import PPOConfig
-from .ppo_trainer import PPOTrainer
+from .ppo_trainer import NO_VALUE_START, PPOTrainer
 from .recipe import Recipe, Run, parent_of
+from .rewards import in_words, rewards_of
 
 SHOWN = (
     "objective/score",
@@ -26,7 +26,7 @@ SHOWN = (
 
 
 class PPORecipe(Recipe, PPOOptions):
-    """Train a policy against a reward adapter with a KL penalty to the SFT adapter it starts from.
+    """Train a policy against a reward adapter (or other rewards) with a KL penalty to the SFT adapter it starts from.
 
     The reference is the SFT adapter (with a bare base as `model`, the base itself). Metrics: the rollout metrics of the
     first cycle and the means over the last quarter of the cycles (`first`, `last`), episodes and their number a second.
@@ -36,26 +36,31 @@ class PPORecipe(Recipe, PPOOptions):
     config_class = PPOConfig
 
     def train(self, run: Run) -> None:
-        policy, reward = parent_of(self.model), Adapter.load(self.reward)
-        if reward.role != "reward":
-            raise InstructLiteError(f"reward={reward}: a {reward.role} adapter; PPO needs the directory that RewardRecipe wrote")
+        policy = parent_of(self.model)
+        rewards = rewards_of(
+            self.reward, extra=self.rewards, weights=self.reward_weights, combine=self.reward_combine, std_weight=self.reward_std_weight
+        )
         prompts = run.records("prompts", self.data, "prompts")
         base = base_of(self.model, self)
         config = self.trainer_config(run, base, kl_coef=self.kl_coef)
         start = policy or lora_config(self.lora, base.model, "CAUSAL_LM")
-        model = RoleModel.for_ppo(base, start, reward, value_from=self.value_from)
-        measured = reward.metrics
-        statistics = (measured["score_mean"], measured["score_std"]) if "score_std" in measured else None
-        trainer = PPOTrainer(model, config, train_dataset=prompts, score_statistics=statistics)
+        if self.value_from == "reward" and rewards.value_start(config.score_normalization) is None:
+            raise InstructLiteError(NO_VALUE_START)
+        model = RoleModel.for_ppo(base, start, rewards.adapters, value_from=self.value_from)
+        trainer = PPOTrainer(model, config, train_dataset=prompts, reward_model=rewards, watch_reward=self.watch_reward)
         if trainer.prompts_left_out:
             out = trainer.prompts_left_out
             run.note(f"{out} of {len(prompts)} prompts have more than {config.max_prompt_length} tokens and are left out")
+        trainer.health.say = run.note
         run.watch(trainer)
         clock = time.perf_counter()
         trainer.train()
         run.metrics |= summary(trainer, time.perf_counter() - clock)
-        parents = {"reward": reward.sha256} | ({"sft": policy.sha256} if policy else {})
+        parents = {role: adapter.sha256 for role, adapter in rewards.adapters.items()} | ({"sft": policy.sha256} if policy else {})
         model.save_role("policy", run.directory, parents=parents)
+
+    def resolved(self) -> dict[str, Any]:
+        return super().resolved() | {"reward": in_words(self.reward), "rewards": in_words(self.rewards)}
 
 
 def summary(trainer: PPOTrainer, seconds: float) -> dict[str, Any]:
@@ -72,6 +77,7 @@ def summary(trainer: PPOTrainer, seconds: float) -> dict[str, Any]:
         "episodes": episodes,
         "episodes_per_second": round(episodes / seconds, 3),
         "prompts_left_out": trainer.prompts_left_out,
+        "health": trainer.health.said,
         "weights_mb": round(weights_mb(trainer.model), 1),
         "base_mb": round(weights_mb(trainer.model.base.model, adapters=False), 1),
         "train_seconds": round(seconds, 1),

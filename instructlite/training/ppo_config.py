@@ -27,6 +27,10 @@ class PPOConfig(TrainingArguments):
     """Of the adaptive controller: episodes over which beta can change by about a factor e^0.2."""
     target_kl: float | None = None
     """Once the new policy is 1.5 times this many nats a token away from the rollout's, the rest of the cycle is skipped."""
+    kl_stop: float | None = None
+    """A rollout more than this many nats a sequence away from the reference ends the run, saved. None: it goes on."""
+    watch_outlier_stop: float | None = None
+    """So does one with more than this share of answers unlike any of the first rollout to the reward model (see health.py)."""
     ptx_coef: float = 0.0
     """gamma of PPO-ptx: weight of the log-likelihood of the `ptx_dataset`, a mean over tokens. 0.1 is where to start:
     InstructGPT's 27.8 multiplied a sum that was normalised otherwise."""
@@ -58,7 +62,8 @@ class PPOConfig(TrainingArguments):
     generation_batch_size: int | None = None
     """Prompts per generate call. None: the whole local rollout batch."""
     score_normalization: str = "first_rollout"
-    """"first_rollout", "reward_model" (the statistics its run measured) or "none"."""
+    """By what each source is shifted and scaled: "first_rollout", "reward_model" (the statistics its own run measured),
+    "running" (of all rollouts so far) or "none"."""
     score_clip: float | None = 10.0
     """Scaled scores beyond this are clipped."""
     value_learning_rate: float | None = None
@@ -75,10 +80,16 @@ class PPOConfig(TrainingArguments):
         super().__post_init__()
         self.label_names = []
         self.remove_unused_columns = False
-        if self.score_normalization not in ("first_rollout", "reward_model", "none"):
-            raise InstructLiteError(f"score_normalization={self.score_normalization!r}: choose first_rollout, reward_model or none")
+        if self.score_normalization not in ("first_rollout", "reward_model", "running", "none"):
+            raise InstructLiteError(
+                f"score_normalization={self.score_normalization!r}: choose first_rollout, reward_model, running or none"
+            )
         if self.kl_controller not in ("fixed", "adaptive"):
             raise InstructLiteError(f"kl_controller={self.kl_controller!r}: choose fixed or adaptive")
+        if self.watch_outlier_stop is not None and not 0 < self.watch_outlier_stop < 1:
+            raise InstructLiteError(f"watch_outlier_stop={self.watch_outlier_stop}: a share of the answers, between 0 and 1 (0.5: half of them)")
+        if self.kl_stop is not None and self.kl_stop <= 0:
+            raise InstructLiteError(f"kl_stop={self.kl_stop}: nats a sequence, above 0; leave it out for no limit")
         if self.temperature <= 0:
             raise InstructLiteError(f"temperature={self.temperature}: PPO samples; it must be above 0")
         for option in ("use_liger_kernel", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile", "fp16"):

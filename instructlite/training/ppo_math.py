@@ -55,6 +55,13 @@ def masked_variance(x: Tensor, mask: Tensor, reduce: Reduce = lambda t: t) -> Te
     return masked_mean((x - masked_mean(x, mask, reduce)) ** 2, mask, reduce)
 
 
+def correlation(x: Tensor, y: Tensor, mask: Tensor, reduce: Reduce = lambda t: t) -> Tensor:
+    """Pearson's, over the True positions of all processes; 0 where x or y is constant."""
+    dx, dy = x - masked_mean(x, mask, reduce), y - masked_mean(y, mask, reduce)
+    spread = (masked_mean(dx**2, mask, reduce) * masked_mean(dy**2, mask, reduce)).sqrt()
+    return masked_mean(dx * dy, mask, reduce) / spread if spread > 1e-12 else torch.zeros_like(spread)
+
+
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, reduce: Reduce = lambda t: t) -> Tensor:
     """(x - mean) / std over all valid tokens of the rollout batch on all processes; without `shift_mean` only / std.
 

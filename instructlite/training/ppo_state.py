@@ -1,7 +1,7 @@
 """What a PPO checkpoint holds beyond Trainer's own state, so that a resumed run is the uninterrupted run, bit for bit.
 
 In the checkpoint directory: the policy as a plain PEFT adapter at the root (written by the trainer's `_save`), here
-`value.safetensors` (adapter and head), `ppo_state.json` (KL coefficient, score scale, shape of a cycle, hashes of the frozen
+`value.safetensors` (adapter and head), `ppo_state.json` (KL coefficient, score scales, shape of a cycle, hashes of the frozen
 roles), and in the middle of a cycle the rollout itself, one file a process. Frozen roles are not stored: they are hashed.
 """
 
@@ -45,10 +45,12 @@ def save_ppo_state(trainer: PPOTrainer, directory: str | Path) -> None:
     state = {
         "kl_coef": trainer.kl_coef,
         "skip_cycle": trainer.skip_cycle,
-        "scale": {"mean": trainer.scale.mean, "std": trainer.scale.std},
+        "scales": trainer.rewards.state(),
+        "rewards": trainer.rewards.describe(),
         "shape": {name: getattr(trainer.args, name) for name in SHAPE},
         "prompts": trainer.prompts_sha256,
         "rollout": trainer.rollout_is_live,
+        "health": trainer.health.save(directory),
         "frozen": {role: role_sha256(model, role) for role in trainer.frozen_roles},
     }
     (directory / NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -74,7 +76,8 @@ def load_ppo_state(trainer: PPOTrainer, directory: str | Path) -> None:
         if head:
             model.heads[role].load_state_dict(head)
     trainer.kl_coef, trainer.skip_cycle = state["kl_coef"], state["skip_cycle"]
-    trainer.scale.restore(**state["scale"])
+    trainer.rewards.restore(state["scales"])
+    trainer.health.load(state["health"], directory, model.device)
     trainer.rollout = _load_rollout(_rollout_file(directory, trainer), model.device) if state["rollout"] else None
 
 
@@ -82,9 +85,11 @@ def _check_same(trainer: PPOTrainer, state: dict[str, Any], model: RoleModel, di
     now = {
         "seed": trainer.args.seed,
         "prompts": trainer.prompts_sha256,
+        "rewards": trainer.rewards.describe(),
         **{f"weights of {role}": role_sha256(model, role) for role in trainer.frozen_roles},
     }
-    then = {"seed": state["shape"]["seed"], "prompts": state["prompts"], **{f"weights of {r}": h for r, h in state["frozen"].items()}}
+    then = {"seed": state["shape"]["seed"], "prompts": state["prompts"], "rewards": state["rewards"]}
+    then |= {f"weights of {r}": h for r, h in state["frozen"].items()}
     if state["rollout"]:  # at the end of a cycle another shape is another plan, not another past
         now |= {name: getattr(trainer.args, name) for name in SHAPE}
         then |= state["shape"]

@@ -11,11 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,24 +28,30 @@ from ..models.manifest import Adapter
 from ..models.roles import RoleModel
 from ..models.sampling import Sampling
 from .cycle import CycleSampler, generator, mix
+from .health import Health, HealthCallback, add_watch, check_reference
 from .ppo_config import PPOConfig
 from .ppo_math import adapted_kl_coef, kl_estimators, policy_losses, value_losses
 from .ppo_state import load_ppo_state, save_ppo_state
 from .ptx import PtxLoss
-from .reward_sources import RewardSource, ScoreScale
+from .rewards import ScoreScale, rewards_of
 from .rollout import Rollout, RolloutOptions, assign_advantages, collect
+
+NO_VALUE_START = (
+    "value_from=reward: the score is not one reward adapter's own (or the mean of an ensemble) on a fixed scale, so the value function "
+    "cannot start from it; use value_from=sft, a zero head"
+)
 
 
 class PPOTrainer(Trainer):
-    """PPO of the role `policy` of a RoleModel against a reward role (or any RewardSource).
+    """PPO of the role `policy` of a RoleModel against one or several sources of reward.
 
     model: the SFT adapter (directory or Adapter), or a RoleModel with the roles `policy`, `value` (with its head) and, for
     the KL, `reference`; without that role the base alone is the reference.
-    train_dataset: rows with `prompt` (text or messages) or `input_ids`; other columns reach the reward source.
+    train_dataset: rows with `prompt` (text or messages) or `input_ids`; other columns reach reward functions.
     ptx_dataset: rows for PPO-ptx (`ptx_coef`): `text`, or `prompt` and `completion`.
-    reward_model: the reward adapter (directory or Adapter), the name of a reward role of the RoleModel, or a callable
-    Rollout -> scores (batch,).
-    score_statistics: (mean, std) of the reward model's own scores, for score_normalization="reward_model".
+    reward_model: what `rewards_of` takes, which says how to weigh several: a reward adapter (directory or Adapter), the name
+    of a reward role of the RoleModel, a function with TRL's signature, a callable Rollout -> scores, or a list of them.
+    watch_reward: a reward adapter that is scored along and never optimised (or a role `watch` with a head): see health.py.
     """
 
     loss_is_scaled_for_ga = True  # the loss is a sum over tokens divided by the tokens of the whole optimiser step
@@ -60,8 +65,8 @@ class PPOTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         ptx_dataset: Any = None,
-        reward_model: RewardSource | Adapter | str | Path = "reward",
-        score_statistics: tuple[float, float] | None = None,
+        reward_model: Any = "reward",
+        watch_reward: Adapter | str | Path | None = None,
         callbacks: list | None = None,
     ):
         if args.n_gpu > 1:
@@ -70,14 +75,20 @@ class PPOTrainer(Trainer):
             )
         if not isinstance(model, RoleModel):
             policy = Adapter.load(model)
-            reward = None if callable(reward_model) else Adapter.load(reward_model)
-            model = RoleModel.for_ppo(base_of(policy, BaseOptions()), policy, reward)
-            reward_model = reward_model if callable(reward_model) else "reward"
+            reward_model = rewards_of(reward_model)
+            model = RoleModel.for_ppo(base_of(policy, BaseOptions()), policy, reward_model.adapters)
         self.tokenizer = processing_class or model.base.tokenizer
-        self.reward_source = reward_model
-        self._check_roles(model, reward_model)
-        # A value head that starts as the reward head must follow it to the scale of the scaled score.
-        self._value_is_reward = isinstance(reward_model, str) and torch.equal(model.heads["value"].weight, model.heads[reward_model].weight)
+        self.rewards = rewards_of(reward_model, roles={role: model.sources.get(role) for role in model.roles})
+        for role, adapter in self.rewards.adapters.items():
+            if role not in model.roles:
+                model.add_trained(role, adapter)
+        if watch_reward is not None:
+            add_watch(model, Adapter.load(watch_reward))
+        self._check_roles(model, self.rewards.roles)
+        self.rewards.prepare(args.score_normalization, args.score_clip)
+        self._value_is_reward = self._starts_as_reward(model, args)
+        if self.rewards.fitted:
+            self._rescale_value_head(model)
         self.prompts_left_out = 0
         train_dataset = self._with_prompt_ids(train_dataset, args)
         eval_dataset = None if eval_dataset is None else self._with_prompt_ids(eval_dataset, args)
@@ -98,7 +109,6 @@ class PPOTrainer(Trainer):
         model.set_trainable(["policy", "value"])
         model.autocast = True
         self._checkpoint_activations(model, args)
-        self.scale = self._score_scale(args, score_statistics)
         super().__init__(
             model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=self.tokenizer, callbacks=callbacks,
@@ -107,8 +117,8 @@ class PPOTrainer(Trainer):
         self._ptx = self._ptx_loss(model, args, ptx_dataset)
         if args.ema_decay is not None:
             self.add_callback(_AverageAfterStep(self))
-        if args.top_k or args.top_p < 1:
-            warnings.warn("top_k / top_p: sampled and scored distributions differ, so KL and ratios are biased", stacklevel=2)
+        self.health = Health(args, model.base, self.stop)
+        self.add_callback(HealthCallback(self))
         self._options = RolloutOptions(
             sampling=Sampling(args.response_length, args.temperature, args.top_k, args.top_p),
             stop_ids=args.stop_token_ids or model.base.stop_ids,
@@ -122,11 +132,12 @@ class PPOTrainer(Trainer):
         """The cycle whose remaining steps are skipped (`target_kl`)."""
         self.rollout: Rollout | None = None
         self._micro_step: int | None = None  # derived from global_step at the first training_step, also after a resume
+        self._cycle_start: tuple | None = None  # micro-step, KL coefficient, scales and health when the cycle began
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     @staticmethod
-    def _check_roles(model: RoleModel, reward: RewardSource | str) -> None:
-        needed = ["policy", "value", *([reward] if isinstance(reward, str) else [])]
+    def _check_roles(model: RoleModel, reward_roles: list[str]) -> None:
+        needed = ["policy", "value", *reward_roles]
         if missing := [role for role in needed if role not in model.roles]:
             raise InstructLiteError(f"the model lacks the role {', '.join(missing)}; it has {', '.join(model.roles)}")
         if headless := [role for role in needed[1:] if role not in model.heads]:
@@ -155,16 +166,12 @@ class PPOTrainer(Trainer):
                 activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": model.reactivation}
             )
 
-    @staticmethod
-    def _score_scale(args: PPOConfig, statistics: tuple[float, float] | None) -> ScoreScale:
-        if args.score_normalization == "reward_model":
-            if statistics is None:
-                raise InstructLiteError(
-                    "score_normalization=reward_model: the reward model has no score_mean and score_std; use first_rollout"
-                )
-            return ScoreScale(*statistics, args.score_clip)
-        mean, std = (0.0, 1.0) if args.score_normalization == "none" else (None, None)
-        return ScoreScale(mean, std, args.score_clip)
+    def _starts_as_reward(self, model: RoleModel, args: PPOConfig) -> bool:
+        """Whether the value head is a copy of a reward head: it must follow that one to the scale of the score."""
+        value, start = model.heads["value"].weight, self.rewards.value_start(args.score_normalization)
+        if start is None and any(torch.equal(value, model.heads[role].weight) for role in self.rewards.roles):
+            raise InstructLiteError(NO_VALUE_START)
+        return start is not None and torch.equal(value, model.heads[start].weight)
 
     @staticmethod
     def _ptx_loss(model: RoleModel, args: PPOConfig, dataset: Any) -> PtxLoss | None:
@@ -173,6 +180,11 @@ class PPOTrainer(Trainer):
         if dataset is None:
             raise InstructLiteError(f"ptx_coef={args.ptx_coef}: PPO-ptx needs ptx_dataset (ptx_data in a recipe), texts or demonstrations")
         return PtxLoss(model.base, dataset, args)
+
+    @property
+    def scale(self) -> ScoreScale:
+        """Of the first source, or of an ensemble's first member."""
+        return self.rewards.objectives[0].scales[0]
 
     @property
     def unwrapped(self) -> RoleModel:
@@ -220,6 +232,8 @@ class PPOTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_step, self.rollout = None, None
         self.kl_coef, self.skip_cycle = self.args.kl_coef, None
+        self._cycle_start = None
+        self.health.restart()
         return super().train(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: list[dict], num_items_in_batch: Any = None) -> Tensor:
@@ -289,9 +303,7 @@ class PPOTrainer(Trainer):
         tokens = policy + args.vf_coef * value - args.entropy_coef * output["entropy"]
         loss = tokens.sum() / self._tokens * self.accelerator.num_processes  # DDP averages over processes
         if not torch.isfinite(loss):
-            raise InstructLiteError(
-                f"step {self.state.global_step}: the loss is {loss.item()}; nothing was updated. Lower learning_rate or check the reward"
-            )
+            self.stop(f"the loss is {loss.item()}; nothing was updated. Lower learning_rate or check the reward")
         self._note_losses(logps.detach(), old, stored, output["entropy"], policy, policy_clipped, value, value_clipped)
         return loss
 
@@ -314,54 +326,61 @@ class PPOTrainer(Trainer):
         }  # fmt: skip
         for name, x in noted.items():
             self._metrics[name].append(x.mean().item())
+            if not self._first_step:  # there nothing can have moved
+                self.health.note(name, self._metrics[name][-1])
         self._metrics["policy/ratio_max"].append(ratio.max().item())
         if self._first_step:
-            self._metrics["rollout/logp_mismatch"].append(torch.expm1(logps - stored).abs().max().item())
+            mismatch = torch.expm1(logps - stored).abs()
+            for name, x in {"rollout/logp_mismatch": mismatch.max(), "rollout/logp_mismatch_mean": mismatch.mean()}.items():
+                self._metrics[name].append(x.item())
+                self.health.note(name, x.item())
 
     # --- one cycle ---------------------------------------------------------------------------------------------------
 
     def _collect(self, rows: list[dict], cycle: int) -> Rollout:
         model, args = self.unwrapped, self.args
-        rollout, seconds = collect(model, rows, self.reward_source, self._options, seed=mix(args.seed, cycle, args.process_index, 2))
-        if not self.scale.fitted:
-            self.scale.fit(rollout.scores, self._reduce)
+        self._cycle_start = (self._micro_step, self.kl_coef, self.rewards.state(), self.health.state())
+        rollout, seconds = self._answer(rows, mix(args.seed, cycle, args.process_index, 2))
+        fitted = self.rewards.fitted
+        self.rewards.update(rollout, self._reduce)
+        if not fitted:
             self._rescale_value_head(model, rollout)
-        metrics = self._assign_advantages(rollout, self.scale)
+        metrics = self._assign_advantages(rollout)
         if cycle == 0:
-            self._check_reference(metrics["objective/kl_k3"])
+            check_reference(metrics["objective/kl_k3"], model.base.dtype)
+        metrics |= self.health.watch(rollout, self._reduce, self.accelerator.gather)
+        metrics |= self.health.look(cycle, metrics)
         if args.kl_controller == "adaptive":  # after the rewards of this cycle were made with the coefficient before
             kl, episodes = metrics["objective/kl"], args.rollout_batch_size
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.target, args.horizon, episodes, args.kl_coef)
         tokens = int(rollout.mask.sum())
         metrics |= seconds | {"rollout/tokens_per_s": tokens / seconds["rollout/time_generate"]}
-        for name, value in metrics.items():
-            self._metrics[name].append(value)
+        self.note(metrics)
         return rollout
 
-    def _assign_advantages(self, rollout: Rollout, scale: ScoreScale) -> dict[str, float]:
+    def _answer(self, rows: list[dict], seed: int) -> tuple[Rollout, dict[str, float]]:
+        try:
+            return collect(self.unwrapped, rows, self.rewards, self._options, seed=seed, trainer_state=self.state)
+        except InstructLiteError as error:  # a source failed: what was trained until here is worth a checkpoint
+            self.stop(str(error))
+
+    def _assign_advantages(self, rollout: Rollout) -> dict[str, float]:
         args = self.args
         metrics = assign_advantages(
-            rollout, scale, kl_coef=self.kl_coef, gamma=args.gamma, lam=args.lam, missing_eos_penalty=args.missing_eos_penalty,
+            rollout, self.rewards, kl_coef=self.kl_coef, gamma=args.gamma, lam=args.lam, missing_eos_penalty=args.missing_eos_penalty,
             whiten_rewards=args.whiten_rewards, reduce=self._reduce,
         )  # fmt: skip
-        if not torch.isfinite(rollout.advantages).all() or not torch.isfinite(rollout.scores).all():
-            broken = int((~torch.isfinite(rollout.scores)).sum())
-            raise InstructLiteError(
-                f"step {self.state.global_step}: {broken} of {len(rollout)} scores are not finite; nothing was updated. Check the reward"
-            )
+        if not torch.isfinite(rollout.advantages).all():
+            self.stop("the advantages are not finite, though the scores are; nothing was updated. Lower learning_rate or use dtype float32")
         return metrics
 
-    def _rescale_value_head(self, model: RoleModel, rollout: Rollout) -> None:
+    def _rescale_value_head(self, model: RoleModel, rollout: Rollout | None = None) -> None:
+        """Bring a value head that is a copy of the reward head, and the values it gave, to the scale of the score."""
         if self._value_is_reward:
-            self.scale.apply_to_head(model.heads["value"])
-            rollout.values = (rollout.values - self.scale.mean) / self.scale.std * rollout.mask
-
-    def _check_reference(self, kl: float) -> None:
-        if kl > (1e-4 if self.model.base.dtype == "float32" else 1e-2):
-            raise InstructLiteError(
-                f"before the first update the policy differs from the reference (KL {kl:.3g} nats a token, should be 0): "
-                "the reference is not the adapter the policy started from, or dropout or sampling filters are on"
-            )
+            weight = self.rewards.objectives[0].weight
+            self.scale.apply_to_head(model.heads["value"], weight)
+            if rollout is not None:
+                rollout.values = weight * self.scale(rollout.values) * rollout.mask
 
     # --- optimiser -----------------------------------------------------------------------------------------------------
 
@@ -388,6 +407,8 @@ class PPOTrainer(Trainer):
         for role, parameters in self._groups().items():
             norms[role] = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
             self._metrics[f"{role}/grad_norm"].append(float(norms[role]))
+            if not norms[role].isfinite():
+                self.stop(f"the gradient of the {role} is not finite; nothing was updated. Lower learning_rate or use dtype float32")
         if all(p.grad is None for p in self._groups()["value"]):  # 0 can be: every token clipped
             raise InstructLiteError("the value adapter gets no gradient: its parameters are frozen or were replaced; nothing was updated")
         return norms["policy"]
@@ -396,6 +417,25 @@ class PPOTrainer(Trainer):
         return 0  # the inputs are not what the model sees
 
     # --- logging, evaluation, saving -----------------------------------------------------------------------------------
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Add to the next log, which has the mean of what was noted under a name since the one before."""
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
+
+    def stop(self, reason: str) -> NoReturn:
+        """End the run with a reason; what was trained so far is a checkpoint then, as it was before this cycle or step."""
+        step = self.state.global_step
+        self.callback_handler.on_train_end(self.args, self.state, self.control)  # progress bars and trackers end, too
+        if step == 0:
+            raise InstructLiteError(f"step 0: {reason}")
+        self._micro_step = step * self.args.gradient_accumulation_steps  # gradients of half a step are in no checkpoint
+        if self._cycle_start and self._cycle_start[0] == self._micro_step:  # the resumed run will begin this cycle again
+            _, self.kl_coef, scales, health = self._cycle_start
+            self.rewards.restore(scales)
+            self.health.restore(health)
+        self._save_checkpoint(self.model, trial=None)
+        raise InstructLiteError(f"step {step}: {reason}. The state before it is saved: checkpoint-{step}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
@@ -410,10 +450,9 @@ class PPOTrainer(Trainer):
         rank, processes = self.args.process_index, self.args.world_size
         # Every process takes as many rows, or they would wait for each other.
         share = [rows[(i * processes + rank) % len(rows)] for i in range(-(-len(rows) // processes))]
-        rollout, seconds = collect(self.unwrapped, share, self.reward_source, self._options, seed=mix(self.args.seed, rank, 3))
-        # Before the first cycle there is no scale yet; evaluating must not decide it.
-        scale = self.scale if self.scale.fitted else ScoreScale(0.0, 1.0, None)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (self._assign_advantages(rollout, scale) | seconds).items()}
+        # Before the first cycle scores have no scale yet; evaluating must not decide it, so they stay raw.
+        rollout, seconds = self._answer(share, mix(self.args.seed, rank, 3))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (self._assign_advantages(rollout) | seconds).items()}
         waiting, self._metrics = self._metrics, defaultdict(list)  # training metrics stay for the next training log
         self.log(metrics)
         self._metrics = waiting

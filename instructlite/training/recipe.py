@@ -96,7 +96,7 @@ class Recipe(ABC):
         or options, and if the loss or a gradient is not finite; the directory is then as it was.
         """
         target = Path(output_dir).absolute()
-        _check_target(target)
+        check_target(target)
         started, clock = _now(), time.perf_counter()
         scratch = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
         directory = scratch / target.name
@@ -113,7 +113,7 @@ class Recipe(ABC):
                 "started": started, "finished": _now(), "seconds": round(time.perf_counter() - clock, 1), **peak_memory(),
             }  # fmt: skip
             (directory / "run.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            _publish(directory, target, scratch)
+            publish(directory, target, scratch)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return Adapter.load(output_dir)
@@ -341,12 +341,12 @@ def peak_memory() -> dict[str, float]:
     return peak
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file()):
         raise InstructLiteError(f"{target}: exists and is no adapter that InstructLite wrote; choose another directory")
 
 
-def _publish(directory: Path, target: Path, scratch: Path) -> None:
+def publish(directory: Path, target: Path, scratch: Path) -> None:
     replaced = scratch / "replaced"
     if target.exists():
         target.rename(replaced)

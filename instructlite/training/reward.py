@@ -5,11 +5,15 @@ element with weight 1/pairs, because pairs dealt out singly overfit within an ep
 RewardTrainer does the rest. Answers are scored at the token that ends them, as PPO will score its own.
 """
 
+import gc
+import json
 import random
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
+from pathlib import Path
 from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
@@ -26,9 +30,20 @@ from ..config import RewardOptions
 from ..data.records import as_groups
 from ..errors import InstructLiteError
 from ..models.base import Base, base_of, lora_config
-from ..models.manifest import Adapter, verify
+from ..models.manifest import Adapter, add_members, is_adapter, verify
 from .ppo_math import ranking_loss
-from .recipe import Recipe, Run, full_precision, parent_of, progress, save_adapter, training_metrics, without_dataset_bars
+from .recipe import (
+    Recipe,
+    Run,
+    check_target,
+    full_precision,
+    parent_of,
+    progress,
+    publish,
+    save_adapter,
+    training_metrics,
+    without_dataset_bars,
+)
 from .sft import report_too_long
 
 BIAS_SAMPLE = 256  # demonstrations scored for the bias; its standard error is then 1/16 of their spread
@@ -45,17 +60,50 @@ class RewardRecipe(Recipe, RewardOptions):
     `_low`, `_high`, `eval_pairs`; pairs of one ranking are counted as independent) and that of preferring the longer
     answer (`eval_longer_wins`); `train_accuracy`, measured on each batch before it is learnt from; `score_mean` and
     `score_std` over the held-out answers (else over the answers that gave the bias), after the shift.
+
+    With `ensemble` the directory is the first member's, the others stand in `member-1`, `member-2`, ... below it. Each is
+    what a recipe of its own with the seed `seed` + its number would have written, and a run that goes on keeps those done.
     """
 
     name = "reward"
     config_class = RewardConfig
 
+    def run(self, output_dir: str | Path, **options: Any) -> Adapter:
+        if self.ensemble == 1:
+            return super().run(output_dir, **options)
+        target = Path(output_dir).absolute()
+        check_target(target)
+        parts = target.with_name(f"{target.name}.members")
+        if not options.get("resume"):
+            shutil.rmtree(parts, ignore_errors=True)
+        members = [replace(self, seed=self.seed + number, ensemble=1) for number in range(self.ensemble)]
+        paths = [parts / f"member-{number}" for number in range(self.ensemble)]
+        for member, path in zip(members, paths, strict=True):
+            if not (is_adapter(path) and member._has_written(path)):
+                member.run(path, **options)
+            gc.collect()  # its base, before the next one loads its own
+        runs = [json.loads((path / "run.json").read_text(encoding="utf-8")) for path in paths]
+        runs[0]["config"]["ensemble"], runs[0]["seconds"] = self.ensemble, round(sum(run["seconds"] for run in runs), 1)
+        (paths[0] / "run.json").write_text(json.dumps(runs[0], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        add_members(paths[0], paths[1:])
+        publish(paths[0], target, parts)
+        shutil.rmtree(parts)
+        return Adapter.load(output_dir)
+
+    def _has_written(self, path: Path) -> bool:
+        """Whether this recipe, with the same data and parent, wrote the adapter that stands there."""
+        noted, wanted = json.loads((path / "run.json").read_text(encoding="utf-8")), self.resolved()
+        # What stands under `training` is noted with our defaults.
+        training = {option: noted["config"]["training"].get(option) for option in wanted["training"]}
+        now = Run(self.name, path, path, wanted)
+        self._records(now)
+        parent = parent_of(self.model)
+        same_parent = Adapter.load(path).manifest.parents == ({"sft": parent.sha256} if parent else {})
+        return {**noted["config"], "training": training} == wanted and noted["data"] == now.data and same_parent
+
     def train(self, run: Run) -> None:
         parent = parent_of(self.model)
-        # None: files of comparisons and of rankings are told apart by their keys. The starter data has both.
-        records = run.records("comparisons", self.data, "comparisons" if self.data == "starter" else None)
-        held_out = [] if self.eval_data is None else run.records("eval", self.eval_data)
-        shown = [] if self.demonstrations is None else run.records("demonstrations", self.demonstrations, "demonstrations")
+        records, held_out, shown = self._records(run)
         with suppress_seqcls_warning():  # that the head is new is no news
             base = base_of(self.model, self, head="score")
         config = self.trainer_config(run, base)
@@ -75,6 +123,14 @@ class RewardRecipe(Recipe, RewardOptions):
         run.metrics["train_accuracy"] = mean_over_steps("accuracy", trainer.state.log_history)
         bias = self._measure(run, trainer, self._anchors(base, shown, groups, config.max_length), eval_groups)
         save_adapter(model, base, run.directory, role="reward", score_bias=bias, parents={"sft": parent.sha256} if parent else None)
+
+    def _records(self, run: Run) -> tuple[list[dict], list[dict], list[dict]]:
+        """Training data, held-out data and demonstrations."""
+        # None: files of comparisons and of rankings are told apart by their keys. The starter data has both.
+        records = run.records("comparisons", self.data, "comparisons" if self.data == "starter" else None)
+        held_out = [] if self.eval_data is None else run.records("eval", self.eval_data)
+        shown = [] if self.demonstrations is None else run.records("demonstrations", self.demonstrations, "demonstrations")
+        return records, held_out, shown
 
     def _model(self, base: Base, parent: Adapter | None) -> PeftModel:
         head = ScalarHead(base.model.config.get_text_config().hidden_size).to(base.device)

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..models.logprobs import token_log_probs
 from ..models.roles import ResponseBatch, RoleModel
 from ..models.sampling import Sampling, generate, left_pad
-from .ppo_math import Reduce, explained_variance, gae, kl_estimators, masked_mean, masked_variance, token_rewards, whiten
-from .reward_sources import RewardSource, ScoreScale
+from .ppo_math import Reduce, correlation, explained_variance, gae, kl_estimators, masked_mean, masked_variance, token_rewards, whiten
+from .rewards import Rewards
 
 
 @dataclass
 class Rollout:
     """Responses of one rollout batch. Grids are (batch, response length); `mask` is True up to the last valid token.
 
-    lower: hidden states behind the shared lower layers (batch, prompt + response, hidden), or None. `scores` are raw.
+    lower: hidden states behind the shared lower layers (batch, prompt + response, hidden), or None. role_scores: raw ones of
+    each reward role, (batch,). raw_scores: of each source, (batch,) or (batch, length). scores: what came of them on PPO's
+    scale, before penalties (batch,). reward_states: what the (first) reward head read (batch, hidden), and watch_scores: of
+    the role `watch`; for health.py, then dropped. Reward functions get prompts and responses as TRL gives them.
     """
 
     rows: list[dict[str, Any]]
@@ -41,6 +46,16 @@ class Rollout:
     scores: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    reward_states: Tensor | None = None
+    watch_scores: Tensor | None = None
+    role_scores: dict[str, Tensor] = field(default_factory=dict)
+    raw_scores: dict[str, Tensor] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    trainer_state: Any = None
+    logged_metrics: dict[str, float] = field(default_factory=dict)
+    """What reward functions gave to `log_metric`."""
+    logged_columns: dict[str, list] = field(default_factory=dict)
+    """What reward functions gave to `log_extra`; callbacks find it in `trainer.rollout`."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -50,14 +65,49 @@ class Rollout:
         """(batch, response length) token ids."""
         return self.input_ids[:, -self.mask.shape[1] :]
 
+    # --- as reward functions see it: TRL's names and forms (trl 1.16, rloo_trainer.py, `_generate`, `_calculate_rewards`) ---
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def prompts(self) -> list[Any]:
+        """Messages or text, as in the data set; of rows with token ids only, their text."""
+        return [row["prompt"] if "prompt" in row else self.decode(row["prompt_ids"]) for row in self.rows]
+
+    @cached_property
+    def completion_ids(self) -> list[list[int]]:
+        return [ids[mask].tolist() for ids, mask in zip(self.responses, self.mask, strict=True)]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return [self.decode(ids) for ids in self.completion_ids]
+
+    @property
+    def completions(self) -> list[Any]:
+        """Text, or one assistant message each where prompts are messages."""
+        return self.texts if isinstance(self.prompts[0], str) else [[{"role": "assistant", "content": text}] for text in self.texts]
+
+    @property
+    def columns(self) -> dict[str, list]:
+        """The other columns of the data set; None where a row lacks one."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        own = ("prompt", "completion", "completion_ids", "prompt_ids")
+        return {name: [row.get(name) for row in self.rows] for name in names if name not in own}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.logged_metrics[name] = float(value)
+
+    def log_extra(self, column: str, values: list) -> None:
+        self.logged_columns.setdefault(column, []).extend(values)
+
+    # --- parts of it ----------------------------------------------------------------------------------------------------
+
     def take(self, rows: Tensor) -> Rollout:
-        """The rollout of some rows, at the same width."""
-        picked = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            picked[field.name] = value[rows.to(value.device)] if isinstance(value, Tensor) else value
-        picked["rows"] = [self.rows[i] for i in rows.tolist()] if self.rows else []
-        return Rollout(**picked)
+        """The rollout of some rows, at the same width; without what only scoring needs."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        tensors = {name: value[rows.to(value.device)] for name, value in values.items() if isinstance(value, Tensor)}
+        return Rollout(rows=[self.rows[i] for i in rows.tolist()] if self.rows else [], **tensors)
 
     def batch(self, temperature: float, chunk: int, entropy_grad: bool = False) -> ResponseBatch:
         return ResponseBatch(
@@ -78,11 +128,11 @@ class RolloutOptions:
 
 
 def collect(
-    model: RoleModel, rows: list[dict[str, Any]], reward: RewardSource | str, options: RolloutOptions, *, seed: int
+    model: RoleModel, rows: list[dict[str, Any]], rewards: Rewards, options: RolloutOptions, *, seed: int, trainer_state: Any = None
 ) -> tuple[Rollout, dict[str, float]]:
-    """Sample one response a prompt and score it by policy, reference, value and reward.
+    """Sample one response a prompt and score it by policy, reference, value and the sources of reward.
 
-    rows: data set rows with `prompt_ids`. reward: a role with a head, or a source of scores. Returns the rollout (no
+    rows: data set rows with `prompt_ids`. trainer_state: for reward functions. Returns the rollout (raw scores, no
     advantages yet) and seconds per phase. The model's train/eval mode and the caller's random state are restored.
     """
     # 1. Sample
@@ -92,14 +142,16 @@ def collect(
         model, prompts, "policy", options.sampling, stop_ids=options.stop_ids, seed=seed, batch_size=options.generation_batch_size
     )
     rollout = _grid(model, rows, prompts, responses, options.stop_ids)
+    rollout.tokenizer, rollout.trainer_state = model.base.tokenizer, trainer_state
     sampled = time.perf_counter()
 
-    # 2. Score by every role
+    # 2. Score by every role and source
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            _score_by_roles(model, rollout, reward, options)
+            _score_by_roles(model, rollout, rewards.roles, options)
+            rewards.score(rollout)
     finally:
         model.train(training)
     seconds = {"rollout/time_generate": sampled - start, "rollout/time_score": time.perf_counter() - sampled}
@@ -127,11 +179,12 @@ def _grid(
     )
 
 
-def _score_by_roles(model: RoleModel, rollout: Rollout, reward: RewardSource | str, options: RolloutOptions) -> None:
+def _score_by_roles(model: RoleModel, rollout: Rollout, reward_roles: list[str], options: RolloutOptions) -> None:
     grid = torch.zeros(rollout.mask.shape, device=model.device)
     rollout.logps, rollout.reference_logps, rollout.entropy, rollout.values = (grid.clone() for _ in range(4))
-    scores = torch.zeros(len(rollout), device=model.device)
-    lower = []
+    scored = [*reward_roles, *(["watch"] if "watch" in model.roles else [])]
+    rollout.role_scores = {role: torch.zeros(len(rollout), device=model.device) for role in scored}
+    lower, states_of_reward = [], []
     for part, low in _parts(model, rollout, options):
         micro = rollout.take(part)
         micro.lower = low
@@ -139,7 +192,7 @@ def _score_by_roles(model: RoleModel, rollout: Rollout, reward: RewardSource | s
         states = slice(micro.input_ids.shape[1] - micro.mask.shape[1] - 1, -1)
         # The reference is a role of its own, or the base alone where there was no SFT adapter.
         roles: list[str | None] = ["policy", "reference" if "reference" in model.roles else None, "value"]
-        for role in [*roles, reward] if isinstance(reward, str) else roles:
+        for role in [*roles, *scored]:
             with model.precision(), model.active(role):
                 hidden = model.hidden(micro.input_ids, micro.attention_mask, low)
                 if role in ("policy", "reference", None):
@@ -156,9 +209,13 @@ def _score_by_roles(model: RoleModel, rollout: Rollout, reward: RewardSource | s
                 rollout.values[part] = model.scores("value", hidden[:, states]) * micro.mask
             else:
                 last = states.start + micro.mask.sum(1)  # the column of the last valid token
-                scores[part] = model.scores(role, hidden[torch.arange(len(last)), last])
+                ending = hidden[torch.arange(len(last)), last]
+                rollout.role_scores[role][part] = model.scores(role, ending)
+                if reward_roles and role == reward_roles[0]:
+                    states_of_reward.append(ending.float())
     rollout.lower = torch.cat(lower) if lower[0] is not None else None
-    rollout.scores = scores if isinstance(reward, str) else reward(rollout).to(model.device, torch.float32)
+    rollout.reward_states = torch.cat(states_of_reward) if states_of_reward else None
+    rollout.watch_scores = rollout.role_scores.pop("watch", None)
 
 
 def _parts(model: RoleModel, rollout: Rollout, options: RolloutOptions) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -175,7 +232,7 @@ def _spread(flat: Tensor, mask: Tensor) -> Tensor:
 
 def assign_advantages(
     rollout: Rollout,
-    scale: ScoreScale,
+    rewards: Rewards,
     *,
     kl_coef: float,
     gamma: float,
@@ -186,42 +243,57 @@ def assign_advantages(
 ) -> dict[str, float]:
     """Rewards, advantages (whitened over all processes) and returns; fills the rollout, gives TRL's metrics."""
     mask = rollout.mask
-    scaled, clipped = scale(rollout.scores)
-    score = scaled - (missing_eos_penalty or 0.0) * ~rollout.ended
+    scored = rewards.combine(rollout, reduce)
+    penalty = (missing_eos_penalty or 0.0) * ~rollout.ended
     k1, k3 = kl_estimators(rollout.logps, rollout.reference_logps)
-    rewards = token_rewards(score, k1, mask, kl_coef)
+    per_token = token_rewards(scored.last - penalty, k1, mask, kl_coef)
+    if scored.tokens is not None:
+        per_token = per_token + scored.tokens
+    # A response that no source judged teaches nothing: advantage 0, and as return what the critic says already.
+    learned = mask & scored.judged[:, None]
     if whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False, reduce=reduce)
-    advantages, rollout.returns = gae(rewards, rollout.values, mask, gamma, lam)
-    rollout.advantages = whiten(advantages, mask, reduce=reduce)
+        per_token = whiten(per_token, learned, shift_mean=False, reduce=reduce)
+    advantages, returns = gae(per_token, rollout.values, mask, gamma, lam)
+    rollout.returns = torch.where(learned, returns, rollout.values)
+    rollout.advantages = whiten(advantages, learned, reduce=reduce)
 
-    each = torch.ones_like(score, dtype=torch.bool)
-    per_episode = {
+    score, each = scored.total - penalty, torch.ones_like(scored.judged)
+    per_judged = {
         "objective/score": score,
-        "objective/score_clipped_frac": clipped.float(),
-        "objective/rlhf_reward": (rewards * mask).sum(1),
+        "objective/score_clipped_frac": scored.clipped.float(),
+        "objective/rlhf_reward": (per_token * mask).sum(1),
+    }
+    per_episode = {
         "objective/kl": (k1 * mask).sum(1),
         "objective/non_score_reward": -kl_coef * (k1 * mask).sum(1),
-        "rewards/reward/mean": rollout.scores,
         "rollout/length_mean": mask.sum(1).float(),
         "rollout/eos_missing_frac": (~rollout.ended).float(),
     }
-    per_token = {
+    of_tokens = {
         "objective/kl_k3": k3,
         "objective/entropy": rollout.entropy,
         "value/mean": rollout.values,
         "value/return_mean": rollout.returns,
+        # 0 on average if the tokens were drawn from the distribution that is scored: E[-log pi] is its entropy.
+        "rollout/surprisal_gap": -rollout.logps - rollout.entropy,
     }
-    metrics = {name: masked_mean(x, each, reduce) for name, x in per_episode.items()}
-    metrics |= {name: masked_mean(x, mask, reduce) for name, x in per_token.items()}
+    metrics = {name: masked_mean(x, scored.judged, reduce) for name, x in per_judged.items()}
+    metrics |= {name: masked_mean(x, each, reduce) for name, x in per_episode.items()}
+    metrics |= {name: masked_mean(x, mask, reduce) for name, x in of_tokens.items()}
+    gap = of_tokens["rollout/surprisal_gap"]
+    # Where no rare token was drawn the spread of the gap is too small; for a rare one it is at least the entropy.
+    spread = torch.maximum(masked_variance(gap, mask, reduce), metrics["objective/entropy"])
+    distinct = len({tuple(row[valid].tolist()) for row, valid in zip(rollout.responses, mask, strict=True)})
     metrics |= {
-        "objective/score_std": masked_variance(score, each, reduce).sqrt(),
-        "rewards/reward/std": masked_variance(rollout.scores, each, reduce).sqrt(),
+        "rollout/surprisal_gap_z": metrics["rollout/surprisal_gap"] * (reduce(mask.sum()) / spread.clamp(min=1e-12)).sqrt(),
+        "rollout/unique_frac": masked_mean(torch.full_like(score, distinct / len(rollout)), each, reduce),
+        "rollout/score_length_corr": correlation(rollout.scores, mask.sum(1).float(), scored.judged, reduce),
+        "objective/score_std": masked_variance(score, scored.judged, reduce).sqrt(),
         "value/explained_variance": explained_variance(rollout.values, rollout.returns, mask, reduce),
-        "objective/advantage_std_raw": masked_variance(advantages, mask, reduce).sqrt(),
+        "objective/advantage_std_raw": masked_variance(advantages, learned, reduce).sqrt(),
         "rollout/padding_fraction": 1 - masked_mean(mask.float(), torch.ones_like(mask), reduce),
     }
-    return {name: value.item() for name, value in metrics.items()} | {
+    return {name: value.item() for name, value in metrics.items()} | scored.metrics | {
         "objective/kl_coef": kl_coef,
         "rollout/length_max": float(mask.shape[1]),
     }

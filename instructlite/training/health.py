@@ -1,0 +1,488 @@
+"""Health of a PPO run: checks before and during it that name the cause and the remedy.
+
+Before the run `Health.before` looks at the roles, the reward model's own figures and the memory; that base, tokenizer and
+chat template are those of every adapter, `verify` has then refused already. During it each `Check` looks at the metrics
+of one cycle. A warning is said once a run and stands in the log of every cycle it holds for as health/<name> = 1; a fatal
+one saves a checkpoint and ends the run. Nothing here changes what is learnt.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..errors import InstructLiteError
+from ..models.base import Base
+from ..models.manifest import Adapter
+from ..models.roles import RoleModel
+from .outliers import KnownStates
+from .ppo_config import PPOConfig
+from .ppo_math import Reduce, masked_mean, masked_variance
+from .rollout import Rollout
+
+if TYPE_CHECKING:
+    from .ppo_trainer import PPOTrainer
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a check may look at. first: each metric in the first cycle; before: in the cycle before (the first: in this one)."""
+
+    cycle: int
+    now: Row
+    first: Row
+    before: Row
+    args: PPOConfig
+    log_vocabulary: float
+    float32: bool
+
+    def beyond(self, name: str, limit: float | None) -> bool:
+        return limit is not None and self.now[name] > limit
+
+
+@dataclass(frozen=True)
+class Check:
+    """One way a run goes wrong: where it shows, why, and what to do. `cycles`: it must hold so many times in a row."""
+
+    name: str
+    reads: tuple[str, ...]
+    holds: Callable[[Seen], bool]
+    cause: str
+    remedy: str
+    cycles: int = 1
+    fatal: bool = False
+
+    def message(self, seen: Seen) -> str:
+        figures = []
+        for name in self.reads:
+            first = "" if seen.first[name] == seen.now[name] else f" (first {seen.first[name]:.3g})"
+            figures.append(f"{name} {seen.now[name]:.3g}{first}")
+        return f"{self.name} in cycle {seen.cycle}: {', '.join(figures)}: {self.cause}; {self.remedy}"
+
+
+def _kl_blows_up(seen: Seen) -> bool:
+    limit = 3 * seen.args.target if seen.args.kl_controller == "adaptive" else 30.0
+    return seen.now["objective/kl"] > max(limit, seen.before["objective/kl"])
+
+
+def _entropy_explodes(seen: Seen) -> bool:
+    """More than half of the way from the first cycle's entropy to that of random tokens."""
+    first = seen.first["objective/entropy"]
+    return seen.now["objective/entropy"] > first + 0.5 * (seen.log_vocabulary - first)
+
+
+def _length_hacked(seen: Seen) -> bool:
+    longer = seen.now["rollout/length_mean"] > 1.1 * seen.first["rollout/length_mean"]
+    return longer and seen.now["rollout/score_length_corr"] > 0.8
+
+
+def _update_too_big(seen: Seen) -> bool:
+    """Adam's first steps have the full learning rate in every coordinate, which clips 20 to 40 % of the first cycle's tokens."""
+    if seen.cycle == 0:
+        return seen.now["policy/approx_kl"] > 1
+    return seen.now["policy/clip_frac"] > 0.3 or seen.now["policy/approx_kl"] > 0.1
+
+
+def _off_policy(seen: Seen) -> bool:
+    """In half precision the worst of thousands of tokens is off by more; their mean is not."""
+    return seen.now["rollout/logp_mismatch" if seen.float32 else "rollout/logp_mismatch_mean"] > 0.05
+
+
+def _watch_disagrees(seen: Seen) -> bool:
+    """The held-out score fell by more than two standard errors while the score that is optimised rose."""
+    spread = math.hypot(seen.first["watch/score_std"], seen.now["watch/score_std"]) / math.sqrt(seen.args.rollout_batch_size)
+    fell = seen.now["watch/score"] < seen.first["watch/score"] - 2 * spread
+    return fell and seen.now["objective/score"] > seen.first["objective/score"]
+
+
+CHECKS = (
+    Check(
+        "sampling_mismatch",
+        ("rollout/surprisal_gap", "rollout/surprisal_gap_z"),
+        lambda seen: abs(seen.now["rollout/surprisal_gap"]) > 0.05 and abs(seen.now["rollout/surprisal_gap_z"]) > 5,
+        "the responses are not drawn from the distribution that is scored (top_k, top_p, another temperature, a repetition penalty, a "
+        "minimum length, another adapter), so KL and ratios are biased",
+        "sample without filters, at the temperature of PPO",
+    ),
+    Check(
+        "negative_kl",
+        ("objective/kl", "objective/kl_k3"),
+        lambda seen: seen.now["objective/kl"] < -0.5 and seen.now["objective/kl_k3"] > 0.05,
+        "a KL cannot be negative but by noise: sampled and scored distributions differ (filters, temperature, repetition penalty, minimum "
+        "length), the reference is not the SFT adapter, or it has dropout",
+        "sample without filters and check the reference",
+    ),
+    Check(
+        "kl_blow_up",
+        ("objective/kl",),
+        _kl_blows_up,
+        "the policy runs away from the reference",
+        "lower learning_rate, raise kl_coef, or set target_kl",
+    ),
+    Check(
+        "kl_stop",
+        ("objective/kl",),
+        lambda seen: seen.beyond("objective/kl", seen.args.kl_stop),
+        "beyond kl_stop nats a sequence",
+        "lower learning_rate or raise kl_coef",
+        fatal=True,
+    ),
+    Check(
+        "entropy_collapse",
+        ("objective/entropy", "rollout/unique_frac"),
+        lambda seen: any(seen.now[name] < 0.3 * seen.first[name] for name in ("objective/entropy", "rollout/unique_frac")),
+        "the policy gives ever the same answers",
+        "raise entropy_coef or kl_coef, or lower learning_rate",
+    ),
+    Check(
+        "entropy_explosion",
+        ("objective/entropy",),
+        _entropy_explodes,
+        "the policy falls apart into random tokens",
+        "lower learning_rate; if that does not help, an advantage has the wrong sign",
+    ),
+    Check(
+        "length_hacking",
+        ("rollout/score_length_corr", "rollout/length_mean"),
+        _length_hacked,
+        "the reward goes to length and the policy follows",
+        "set missing_eos_penalty, or train the reward model on pairs in which the longer answer does not always win",
+    ),
+    Check(
+        "eos_missing",
+        ("rollout/eos_missing_frac",),
+        lambda seen: seen.now["rollout/eos_missing_frac"] > 0.5,
+        "most responses do not end: response_length is too short for them, the token that ends a turn is not among the stop tokens, or SFT "
+        "never taught it (pad token = eos, masked in its labels)",
+        "raise response_length, check stop_token_ids, or set missing_eos_penalty",
+    ),
+    Check(
+        "reward_constant",
+        ("objective/score_std",),
+        lambda seen: seen.now["objective/score_std"] < 1e-8,
+        "every response has the same score, so there is nothing to learn from but the KL",
+        "check the reward: its data, its clipping (score_clip), or the function",
+    ),
+    Check(
+        "reward_constant_stop",
+        ("objective/score_std",),
+        lambda seen: seen.now["objective/score_std"] < 1e-8,
+        "for 20 cycles every response has had the same score",
+        "check the reward: its data, its clipping (score_clip), or the function",
+        cycles=20,
+        fatal=True,
+    ),
+    Check(
+        "critic_useless",
+        ("value/explained_variance",),
+        lambda seen: seen.now["value/explained_variance"] < 0,
+        "for 20 cycles the critic has been worse than a constant",
+        "raise value_learning_rate, or start it from the SFT adapter with a zero head (value_from=sft)",
+        cycles=20,
+    ),
+    Check(
+        "value_clipped",
+        ("value/clip_frac",),
+        lambda seen: seen.now["value/clip_frac"] > 0.5,
+        "cliprange_value is small against the scores, so the critic hardly learns",
+        "raise cliprange_value (None: no clipping) or normalise the scores",
+        cycles=2,
+    ),
+    Check(
+        "update_too_big",
+        ("policy/clip_frac", "policy/approx_kl"),
+        _update_too_big,
+        "one cycle moves the policy too far",
+        "lower learning_rate or num_ppo_epochs, or set target_kl",
+    ),
+    Check(
+        "update_too_small",
+        ("policy/clip_frac",),
+        lambda seen: seen.now["policy/clip_frac"] < 0.005,
+        "for 20 cycles no update has come near the clip range",
+        "raise learning_rate",
+        cycles=20,
+    ),
+    Check(
+        "off_policy",
+        ("rollout/logp_mismatch", "rollout/logp_mismatch_mean"),
+        _off_policy,
+        "before the first step of a cycle the log-probabilities are no longer those of the rollout (mask, positions, dropout, adapter)",
+        "report it with your settings: no option should be able to cause this",
+    ),
+    Check(
+        "ensemble_disagreement",
+        ("reward/ensemble_std",),
+        lambda seen: seen.now["reward/ensemble_std"] > 2 * seen.first["reward/ensemble_std"],
+        "the members of the ensemble no longer agree: the policy is where the reward models were not trained",
+        "stop earlier, raise kl_coef, or combine the members by min",
+    ),
+    Check(
+        "watch_disagrees",
+        ("watch/score", "watch/score_std", "objective/score"),
+        _watch_disagrees,
+        "the reward rises while the held-out reward model's falls: the policy exploits the reward",
+        "take an earlier checkpoint, raise kl_coef, or use an ensemble",
+    ),
+    Check(
+        "outliers",
+        ("watch/outlier_frac", "watch/outlier_mean"),
+        lambda seen: seen.now["watch/outlier_frac"] > max(0.2, 3 * seen.first["watch/outlier_frac"]),
+        "many answers look to the reward model like none it was fitted on, so its scores mean little",
+        "take an earlier checkpoint, raise kl_coef, or set watch_outlier_stop",
+    ),
+    Check(
+        "watch_outlier_stop",
+        ("watch/outlier_frac",),
+        lambda seen: seen.beyond("watch/outlier_frac", seen.args.watch_outlier_stop),
+        "beyond watch_outlier_stop: the policy exploits the reward",
+        "take an earlier checkpoint or raise kl_coef",
+        fatal=True,
+    ),
+)
+READ = {name for check in CHECKS for name in check.reads}
+
+
+class Health:
+    """The checks of one run, and what they remember from cycle to cycle. `said`: the warnings so far, by name.
+
+    say: where a warning goes; by default Python's warnings. stop: saves and raises.
+    """
+
+    STATES = "reward_states.safetensors"
+
+    def __init__(self, args: PPOConfig, base: Base, stop: Callable[[str], NoReturn]):
+        self.args, self.stop = args, stop
+        self.say: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2)
+        self.log_vocabulary = math.log(base.model.config.get_text_config().vocab_size)
+        self.float32 = base.dtype == "float32"
+        self.restart()
+
+    def restart(self) -> None:
+        self.first: Row = {}
+        self.last: Row = {}
+        self.streaks: dict[str, int] = {}
+        self.sums: dict[str, list[float]] = {}
+        self.said: dict[str, str] = {}
+        self.known: KnownStates | None = None
+
+    def warn(self, name: str, text: str) -> Row:
+        if name not in self.said:
+            self.said[name] = text
+            if self.args.process_index == 0:
+                self.say(text)
+        return {f"health/{name}": 1.0}
+
+    def before(self, trainer: PPOTrainer) -> Row:
+        """Flags of what is doubtful about a run that has not begun; raises InstructLiteError if it cannot work at all."""
+        check_trainable(trainer.unwrapped)
+        flags: Row = {}
+        for name, text in doubts(trainer):
+            flags |= self.warn(name, text)
+        return flags
+
+    def look(self, cycle: int, row: Row) -> Row:
+        """Flags of the checks that hold for these metrics of a cycle; a fatal one stops the run."""
+        read = {name: value for name, value in row.items() if name in READ}
+        self.first = read | self.first
+        seen = Seen(cycle, row, self.first, read | self.last, self.args, self.log_vocabulary, self.float32)
+        flags: Row = {}
+        for check in CHECKS:
+            if not all(name in row for name in check.reads):
+                continue
+            self.streaks[check.name] = self.streaks.get(check.name, 0) + 1 if check.holds(seen) else 0
+            if self.streaks[check.name] >= check.cycles:
+                if check.fatal:
+                    self.stop(check.message(seen))
+                flags |= self.warn(check.name, check.message(seen))
+        self.last |= read
+        return flags
+
+    def note(self, name: str, value: float) -> None:
+        """One micro-step's share of a metric that is looked at when the cycle is over."""
+        if name in READ:
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + value, count + 1]
+
+    def end_cycle(self, cycle: int) -> Row:
+        row = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return self.look(cycle, row)
+
+    def watch(self, rollout: Rollout, reduce: Reduce, gather: Callable[[Tensor], Tensor]) -> Row:
+        """Metrics that show reward hacking: the held-out reward model's mean score, and how far the answers lie from known ones.
+
+        What they are computed from is then dropped from the rollout. gather: rows of all processes.
+        """
+        row, states = {}, rollout.reward_states
+        each = torch.ones(len(rollout), dtype=torch.bool, device=rollout.mask.device)
+        if rollout.watch_scores is not None:
+            row["watch/score"] = masked_mean(rollout.watch_scores, each, reduce).item()
+            row["watch/score_std"] = masked_variance(rollout.watch_scores, each, reduce).sqrt().item()
+        if states is not None and self.known is None:
+            self.known = KnownStates.fit(gather(states))
+        if states is not None and self.known is not None:
+            distances = self.known.distances(states)
+            row["watch/outlier_mean"] = masked_mean(distances, each, reduce).item()
+            row["watch/outlier_frac"] = masked_mean((distances > self.known.limit).float(), each, reduce).item()
+        rollout.watch_scores = rollout.reward_states = None
+        return row
+
+    # --- for a checkpoint: `state` as JSON, the known states in a file of their own ------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return copy.deepcopy({name: getattr(self, name) for name in ("first", "last", "streaks", "sums", "said")})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, value in copy.deepcopy(state).items():
+            setattr(self, name, value)
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        if self.known is not None:
+            self.known.save(directory / self.STATES)
+        return self.state()
+
+    def load(self, state: dict[str, Any], directory: Path, device: torch.device) -> None:
+        self.restore(state)
+        self.known = KnownStates.load(directory / self.STATES, device) if (directory / self.STATES).is_file() else None
+
+
+class HealthCallback(TrainerCallback):
+    """Looks when training begins and at the end of every cycle, before the log is written."""
+
+    def __init__(self, trainer: PPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        flags = self.trainer.health.before(self.trainer)
+        if state.global_step == 0:  # a resumed run has them in its log already
+            self.trainer.note(flags)
+
+    def on_step_end(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.rollout_is_live:
+            self.trainer.note(self.trainer.health.end_cycle(state.global_step // args.steps_per_cycle - 1))
+
+
+# --- before the run --------------------------------------------------------------------------------------------------
+
+
+def add_watch(model: RoleModel, adapter: Adapter) -> None:
+    """Add the role `watch`; raises InstructLiteError for what is no reward adapter, or one that is optimised."""
+    if adapter.role != "reward":
+        raise InstructLiteError(f"watch_reward={adapter}: a {adapter.role} adapter; give a directory that RewardRecipe wrote")
+    if role := next((role for role, source in model.sources.items() if source.sha256 == adapter.sha256), None):
+        raise InstructLiteError(f"watch_reward={adapter}: it is what the role {role} is; watch one trained on other comparisons")
+    model.add_trained("watch", adapter)
+
+
+def check_reference(kl: float, dtype: str) -> None:
+    """kl: mean k3 a token between policy and reference before the first update, when they are the same weights."""
+    if not kl <= (1e-4 if dtype == "float32" else 1e-2):
+        raise InstructLiteError(
+            f"before the first update the policy differs from the reference (KL {kl:.3g} nats a token, should be 0): "
+            "the reference is not the adapter the policy started from, or dropout or sampling filters are on"
+        )
+
+
+def check_trainable(model: RoleModel) -> None:
+    """Policy, value and its head, and nothing else: a frozen critic gives no error, only a run that does not learn."""
+    expected = {role: model.role_parameters(role) for role in ("policy", "value")}
+    for role, parameters in expected.items():
+        if frozen := sum(not p.requires_grad for p in parameters):
+            raise InstructLiteError(
+                f"the {role} adapter gets no gradient: {frozen} of its {len(parameters)} tensors are frozen; "
+                "leave requires_grad alone after the PPOTrainer is built (PEFT's set_adapter changes it)"
+            )
+    ours = {id(p) for parameters in expected.values() for p in parameters}
+    if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]:
+        raise InstructLiteError(
+            f"{len(others)} tensors besides policy and value would be trained, {others[0]} first; "
+            "leave requires_grad alone after the PPOTrainer is built"
+        )
+
+
+def doubts(trainer: PPOTrainer) -> Iterator[tuple[str, str]]:
+    """Name and line of each thing that is no error but may spoil the run."""
+    args, model = trainer.args, trainer.unwrapped
+    if args.top_k or args.top_p < 1:
+        yield "sampling_filter", "top_k / top_p: sampled and scored distributions differ, so KL and ratios are biased; train without them"
+    base = model.base
+    if args.stop_token_ids and base.end_id not in args.stop_token_ids:
+        end = base.tokenizer.convert_ids_to_tokens(base.end_id)
+        yield (
+            "stop_tokens",
+            (
+                f"stop_token_ids lacks {base.end_id} ({end}), with which SFT and the reward model end every answer: "
+                "responses will run on behind it; add it"
+            ),
+        )
+    for role, adapter in model.sources.items():
+        if adapter.role == "reward":
+            yield from _doubts_of_reward(role, adapter)
+    needed, available = memory_needed(trainer), memory_available(base.device)
+    if needed > available:
+        yield (
+            "memory",
+            (
+                f"PPO needs about {needed / 1e9:.1f} GB beside the weights and {available / 1e9:.1f} GB are free; lower "
+                "per_device_train_batch_size or generation_batch_size or response_length, or set gradient_checkpointing"
+            ),
+        )
+
+
+def _doubts_of_reward(role: str, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    measured = adapter.metrics
+    if "eval_accuracy" not in measured:
+        yield f"{role}_unmeasured", f"{adapter}: an unmeasured reward model; with eval_data its recipe would say whether it is above chance"
+    elif measured["eval_accuracy_low"] <= 0.5:
+        yield (
+            f"{role}_at_chance",
+            (
+                f"{adapter}: right on {measured['eval_accuracy']:.0%} of {measured['eval_pairs']} held-out pairs (95 % interval from "
+                f"{measured['eval_accuracy_low']:.0%}), which may be chance; train it on more comparisons, or measure it on more"
+            ),
+        )
+
+
+def memory_needed(trainer: PPOTrainer) -> float:
+    """Bytes at the peak of a cycle beyond what is allocated before it, roughly: a warning, not a plan.
+
+    The larger of generating (keys and values, two rows of logits) and training one micro-batch (17 numbers a token, layer
+    and hidden unit: Korthikanti 2022, arXiv:2205.05198; policy and value at once), with Adam's moments, the gradients and
+    the hidden states kept for the cycle.
+    """
+    args, model = trainer.args, trainer.unwrapped
+    config, size = model.base.model.config.get_text_config(), torch.finfo(getattr(torch, model.base.dtype)).bits // 8
+    width = max(len(row["prompt_ids"]) for row in trainer.train_dataset) + args.response_length
+    hidden, layers, shared = config.hidden_size, config.num_hidden_layers, model.shared_layers if args.share_lower_layers else 0
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    at_once = args.generation_batch_size or args.local_rollout_batch_size
+    generating = at_once * (2 * width * layers * heads * head_size * size + 2 * config.vocab_size * 4)
+    kept = args.local_rollout_batch_size * width * hidden * size if shared else 0
+    tokens, numbers = args.per_device_train_batch_size * width, 17 * (layers - shared)
+    if model.base.model.is_gradient_checkpointing:
+        numbers = layers + 17
+    training = 2 * tokens * hidden * numbers * size + 3 * args.logp_chunk_size * config.vocab_size * 4
+    optimiser = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return max(generating, kept + training) + optimiser
+
+
+def memory_available(device: torch.device) -> float:
+    """Bytes that could be allocated now."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
