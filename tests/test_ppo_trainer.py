@@ -299,6 +299,24 @@ def test_t11_the_ratio_is_exactly_1_in_the_first_step_of_every_cycle(checkpointi
     assert any(log["policy/ratio_max"] != 1 for log in later)
 
 
+@pytest.mark.parametrize("top_layers", [None, 2])
+def test_training_without_padding_is_the_same_to_rounding(top_layers, tiny_path, tmp_path):
+    results = []
+    for packed in (False, True):
+        model = roles(load_base(tiny_path, dtype="float32", chat_template="chatml"), top_layers=top_layers)
+        trainer = trainer_of(model, config(tmp_path, padding_free=packed, per_device_train_batch_size=4), reward_model=share_of_vowels)
+        trainer.train()
+        results.append([trainer.rollout.logps, trainer.rollout.values, *model.role_parameters("policy"), *model.role_parameters("value")])
+    assert model.padding_free and not trainer.rollout.attention_mask.all()
+    for padded, packed in zip(*results, strict=True):
+        assert_close(padded, packed, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_free_is_refused_where_it_is_not_proven(tmp_path):
+    with pytest.raises(InstructLiteError, match="not proven for gpt2"):
+        trainer_of(roles(learned_positions_base()), config(tmp_path, padding_free=True), prompts=[{"input_ids": [5, 6]}] * 4)
+
+
 def test_sampling_settings_of_the_base_do_not_reach_the_rollout(tiny_base, tmp_path):
     """A model whose own file asks for top_k=1 is sampled without it: prompts repeated 8 times get different answers."""
     tiny_base.model.generation_config.update(do_sample=True, top_k=1, temperature=0.01, repetition_penalty=1.5)

@@ -1,6 +1,7 @@
 """Adapters and heads of one base: switching, mixed batches, shared lower layers, saving (T-7, T-8b, T-10)."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,14 +126,7 @@ def test_an_unknown_role_is_named(tiny_base, tiny_lora):
 @pytest.mark.parametrize("architecture", sorted(SLICEABLE))
 @torch.no_grad()
 def test_shared_lower_layers_equal_the_whole_model(architecture, tmp_path):
-    config = AutoConfig.for_model(
-        architecture, vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    base = load_base(tmp_path, dtype="float32", chat_template="chatml")
+    base = small(architecture, tmp_path)
     model = four_roles(base, Lora(r=4, alpha=8, top_layers=2))
     ids, attention = rows(left=3, right=2)
     assert model.shared_layers == 2
@@ -141,6 +135,47 @@ def test_shared_lower_layers_equal_the_whole_model(architecture, tmp_path):
         with model.active(role):
             assert torch.equal(model.hidden(ids, attention), model.hidden(ids, attention, lower)), role
     assert len(model.backbone.layers) == 4
+
+
+def small(architecture: str, path: Path) -> Base:
+    config = AutoConfig.for_model(
+        architecture, vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return load_base(path, dtype="float32", chat_template="chatml")
+
+
+@pytest.mark.parametrize("architecture", sorted(SLICEABLE))
+def test_without_padding_states_and_gradients_are_the_same(architecture, tmp_path):
+    base = small(architecture, tmp_path)
+    model = four_roles(base, Lora(r=4, alpha=8, top_layers=2))
+    model.set_trainable(["policy"])
+    ids, attention = rows(left=3, right=2)
+    attention[1, :5], attention[2, -5:] = 0, 0
+    results = []
+    for packed in (False, True):
+        model.padding_free = packed
+        model.zero_grad()
+        with model.active("policy"):
+            states = model.hidden(ids, attention, model.lower_hidden(ids, attention))
+        (states * attention[..., None]).square().sum().backward()
+        grads = [p.grad for p in model.role_parameters("policy") if p.grad is not None]
+        results.append([states.detach() * attention[..., None], *grads])
+    assert len(results[0]) > 1
+    for padded, packed in zip(*results, strict=True):
+        assert_close(padded, packed, rtol=1e-3, atol=1e-4)
+    assert not packed_row_sees_another(model)
+
+
+def packed_row_sees_another(model: RoleModel) -> bool:
+    """Whether another first row changes the states of the second."""
+    ids, attention = rows(n=2, left=1)
+    other = torch.cat([ids[:1].roll(1, 1) * attention[:1], ids[1:]])
+    with torch.no_grad(), model.active("policy"):
+        return not torch.equal(model.hidden(ids, attention)[1], model.hidden(other, attention)[1])
 
 
 def test_adapters_on_all_layers_share_nothing(tiny_base, tiny_lora):

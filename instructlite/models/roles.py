@@ -242,18 +242,26 @@ class RoleModel(PeftModelForCausalLM):
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, lower: Tensor | None = None) -> Tensor:
         """Last hidden states (batch, length, hidden) of whatever role is active.
 
-        lower: what `lower_hidden` gave for the same rows; then only the layers above run. Positions count real tokens,
-        so that left padding moves nothing (models with learned positions would otherwise be wrong).
+        lower: what `lower_hidden` gave for the same rows; then only the layers above run.
         """
-        positions = positions_of(attention_mask)
         if lower is None:
-            return self.backbone(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-            ).last_hidden_state
+            return self._decode({"input_ids": input_ids}, attention_mask)
         with self._only_layers(slice(self.shared_layers, None)):
-            return self.backbone(
-                inputs_embeds=lower, attention_mask=attention_mask, position_ids=positions, use_cache=False
-            ).last_hidden_state
+            return self._decode({"inputs_embeds": lower}, attention_mask)
+
+    padding_free = False
+    """Whether the rows of a batch go through the decoder as one row without padding. Equal to rounding; attention is then
+    quadratic in the tokens of the batch (transformers makes a block mask from positions that start again at 0)."""
+
+    def _decode(self, inputs: dict[str, Tensor], attention_mask: Tensor) -> Tensor:
+        """(batch, length, hidden). Positions count real tokens, so that left padding moves nothing in models that learn them."""
+        positions = positions_of(attention_mask)
+        if not self.padding_free or len(attention_mask) == 1 or attention_mask.all():
+            return self.backbone(**inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False).last_hidden_state
+        real = attention_mask.bool()
+        packed = {name: value[real][None] for name, value in inputs.items()}
+        states = self.backbone(**packed, position_ids=positions[real][None], use_cache=False).last_hidden_state[0]
+        return states.new_zeros(*real.shape, states.shape[-1]).masked_scatter(real[..., None], states)
 
     @property
     def shared_layers(self) -> int:
@@ -271,9 +279,7 @@ class RoleModel(PeftModelForCausalLM):
         if self.shared_layers == 0:
             return None
         with self.active(None), self._only_layers(slice(0, self.shared_layers), norm=False):
-            return self.backbone(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions_of(attention_mask), use_cache=False
-            ).last_hidden_state
+            return self._decode({"input_ids": input_ids}, attention_mask)
 
     @contextmanager
     def _only_layers(self, part: slice, *, norm: bool = True) -> Iterator[None]:

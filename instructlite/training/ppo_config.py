@@ -70,6 +70,9 @@ class PPOConfig(TrainingArguments):
     """None: the same as learning_rate."""
     share_lower_layers: bool = True
     """Compute the layers below the lowest adapter once a rollout, for all roles and epochs (where the base allows it)."""
+    padding_free: bool = False
+    """Score and train on micro-batches without their padding. Faster where lengths differ and a micro-batch has up to some
+    thousand tokens (attention grows with their square); log-probabilities then agree to rounding, not bit by bit."""
     logp_chunk_size: int = 256
     """Tokens whose logits are in memory at once."""
     learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's initial learning rate of the policy."})

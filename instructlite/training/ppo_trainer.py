@@ -25,7 +25,7 @@ from ..config import BaseOptions
 from ..errors import InstructLiteError
 from ..models.base import base_of, encode_prompt
 from ..models.manifest import Adapter
-from ..models.roles import RoleModel
+from ..models.roles import SLICEABLE, RoleModel
 from ..models.sampling import Sampling
 from .cycle import CycleSampler, generator, mix
 from .health import Health, HealthCallback, add_watch, check_reference
@@ -107,7 +107,7 @@ class PPOTrainer(Trainer):
         if args.ema_decay is not None and "ema" not in model.roles:
             model.copy_role("policy", "ema")
         model.set_trainable(["policy", "value"])
-        model.autocast = True
+        model.autocast, model.padding_free = True, self._packs(model, args)
         self._checkpoint_activations(model, args)
         super().__init__(
             model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -153,6 +153,13 @@ class PPOTrainer(Trainer):
         if not rows:
             raise InstructLiteError(f"no prompt has at most max_prompt_length={args.max_prompt_length} tokens; raise it")
         return rows
+
+    @staticmethod
+    def _packs(model: RoleModel, args: PPOConfig) -> bool:
+        architecture = model.base.model.config.model_type
+        if args.padding_free and architecture not in SLICEABLE:
+            raise InstructLiteError(f"padding_free: not proven for {architecture}, only for {', '.join(sorted(SLICEABLE))}; leave it out")
+        return args.padding_free
 
     @staticmethod
     def _checkpoint_activations(model: RoleModel, args: PPOConfig) -> None:
