@@ -154,7 +154,22 @@ class RoleModel(PeftModelForCausalLM):
     def precision(self) -> AbstractContextManager[None]:
         """The autocast that `autocast` asks for, to be held around every forward pass."""
         dtype = getattr(torch, self.base.dtype)
-        return torch.autocast(self.device.type, dtype=dtype) if self.autocast and dtype != torch.float32 else nullcontext()
+        return self._autocast(dtype) if self.autocast and dtype != torch.float32 else nullcontext()
+
+    @contextmanager
+    def _autocast(self, dtype: torch.dtype) -> Iterator[None]:
+        """Without PEFT's own cast of each input to fp32: autocast would bring a copy of it back, kept for the backward pass."""
+        before = [getattr(module, "cast_input_dtype_enabled", True) for module in self._switchable]
+        self._cast_inputs([False] * len(before))
+        try:
+            with torch.autocast(self.device.type, dtype=dtype):
+                yield
+        finally:
+            self._cast_inputs(before)
+
+    def _cast_inputs(self, enabled: Iterable[bool]) -> None:
+        for module, cast in zip(self._switchable, enabled, strict=True):
+            module.cast_input_dtype_enabled = cast
 
     # --- adapters and heads -----------------------------------------------------------------------------------------
 
