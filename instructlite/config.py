@@ -176,6 +176,9 @@ class DataOptions:
     """At most so many rows train SFT. None: all that are left."""
     comparison_limit: int | None = None
     """At most so many rows train the reward model. None: all that are left."""
+    answer_characters: int | None = None
+    """Longer answers than PPO will write only teach its reward model to like length: comparisons with an answer longer than
+    this go to the judge, beside its own part. None: no answer is too long."""
     prompt_characters: int | None = None
     """Conversations longer than this are no prompts for PPO and evaluation (a token is about four). None: all are."""
     prompt_limit: int | None = None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .config import SECTIONS, STAGES, DataOptions, Loop
-from .data.records import as_groups, data_hash, read_records, split_by_prompt, write_records
+from .data.records import as_groups, data_hash, opening, read_records, split_by_prompt, write_records
 from .errors import BadRecords, InstructLiteError
 from .models.manifest import NAME as MANIFEST
 from .models.manifest import Adapter, is_adapter, sha256_file
@@ -114,7 +114,11 @@ def prepare_data(options: DataOptions, directory: Path) -> str:
     sft = _split(rows["demonstrations"], "demonstrations", options.demonstration_limit, heldout_demonstrations, options.seed)
     # One file holds one kind of record; a comparison is a ranking of two.
     preferences = as_groups([*rows["comparisons"], *rows["rankings"]]) if "rankings" in rows else rows["comparisons"]
-    compared = _split(preferences, "reward", options.comparison_limit, {"judge": options.judge, "heldout": options.heldout}, options.seed)
+    short, long = _by_answer_length(preferences, options.answer_characters)
+    compared = _split(short, "reward", options.comparison_limit, {"judge": options.judge, "heldout": options.heldout}, options.seed)
+    if "judge" in compared:
+        seen = {opening(row) for name in ("reward", "heldout") for row in compared[name]}
+        compared["judge"] += [row for row in long if opening(row) not in seen]
     parts = {**rows, **sft, **compared}
     # Of a file of prompts the other columns are kept: reward functions get them.
     prompts = _prompts(rows.get("prompts", parts["reward"]), options.prompt_characters, columns="prompts" in rows)
@@ -158,6 +162,14 @@ def _split(records: list[dict], rest: str, limit: int | None, parts: Mapping[str
         asked = " + ".join(f"data.{name}={parts[name]}" for name in sizes)
         raise InstructLiteError(f"{asked} takes all {len(records)} rows: nothing is left for training; hold out fewer, or bring more rows")
     return split_by_prompt(records, {**sizes, rest: min(left, limit or left)}, seed)
+
+
+def _by_answer_length(records: list[dict], characters: int | None) -> tuple[list[dict], list[dict]]:
+    longest = [max(map(len, group["responses"])) for group in as_groups(records)]
+    parts: tuple[list[dict], list[dict]] = ([], [])
+    for record, length in zip(records, longest, strict=True):
+        parts[characters is not None and length > characters].append(record)
+    return parts
 
 
 def _prompts(records: list[dict], characters: int | None, columns: bool = False) -> list[dict]:

@@ -81,6 +81,19 @@ def test_rankings_are_trained_on_and_held_out_with_the_comparisons(files, tmp_pa
     assert sorted(len(row["responses"]) for row in rows) == [2] * 45 + [3] * 6
 
 
+def test_comparisons_with_long_answers_go_to_the_judge(files, tmp_path):
+    long = [{"prompt": f"long {i}", "chosen": "x" * 9, "rejected": "y"} for i in range(5)]
+    rows = [json.loads(line) for line in files.comparisons.read_text().splitlines()]
+    shared = {**rows[0], "rejected": "z" * 9}  # its prompt is in a part already
+    write_records(files.comparisons, [*rows, *long, shared])
+    prepare_data(options(files, answer_characters=8, judge=10, heldout=5), tmp_path / "data")
+    found = parts(tmp_path / "data")
+    assert {row["prompt"] for row in long} <= {opening(row) for row in found["judge"]}
+    for name in ("reward", "heldout"):
+        assert all(max(len(row["chosen"]), len(row["rejected"])) <= 8 for row in found[name])
+        assert not {opening(row) for row in found[name]} & {opening(row) for row in found["judge"]}
+
+
 def test_a_part_may_be_a_file_of_its_own(files, tmp_path):
     own = tmp_path / "own.jsonl"
     write_records(own, [{"prompt": "mine", "chosen": "a", "rejected": "b"}])

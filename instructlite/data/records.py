@@ -119,20 +119,20 @@ def split_by_prompt(records: list[dict], fractions: Mapping[str, float], seed: i
     sizes = {name: share if isinstance(share, int) else share * len(records) for name, share in fractions.items()}
     if min(sizes.values(), default=0) < 0 or sum(sizes.values()) > len(records) + 1e-6:
         raise InstructLiteError(f"the parts {dict(fractions)} do not fit into {len(records)} rows")
-    openings = [_opening(record) for record in records]
+    openings = [opening(record) for record in records]
     rows = Counter(openings)
     order = sorted(rows)
     random.Random(seed).shuffle(order)
     ends = list(itertools.accumulate(sizes.values()))
     part_of: dict[str, str] = {}
     taken = 0
-    for opening in order:
+    for first in order:
         part = next((name for name, end in zip(sizes, ends, strict=True) if taken < round(end)), None)
         if part is None:
             break
-        part_of[opening] = part
-        taken += rows[opening]
-    parts = {name: [record for record, opening in zip(records, openings, strict=True) if part_of.get(opening) == name] for name in sizes}
+        part_of[first] = part
+        taken += rows[first]
+    parts = {name: [record for record, first in zip(records, openings, strict=True) if part_of.get(first) == name] for name in sizes}
     for name, part in parts.items():
         if sizes[name] > 0 and not part:
             raise InstructLiteError(f"nothing is left for '{name}': {len(records)} rows with {len(rows)} different prompts are too few")
@@ -342,7 +342,7 @@ class _Repeats:
         return [f"{what}: {count:,}" for what, count in counts.items() if count]
 
 
-def _opening(record: Mapping) -> str:
+def opening(record: Mapping) -> str:
     """What tells one prompt from another: the first user turn, or the text, case and white space aside."""
     first = next((turn["content"] for turn in record["prompt"] if turn["role"] == "user"), "") if "prompt" in record else record["text"]
     return " ".join(first.casefold().split())
