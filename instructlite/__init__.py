@@ -4,6 +4,7 @@ The public names are loaded on first use, so that `import instructlite` and `--h
 """
 
 import importlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 # anything else is; a user who wants telemetry sets the variable himself.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# bitsandbytes asks, whenever it is imported on a CPU, for a package that would make 4 bits faster.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,6 @@ would carry a Hub token) gets into it. Not here: resuming an interrupted run.
 import difflib
 import importlib.metadata
 import json
-import logging
 import math
 import platform
 import secrets
@@ -268,7 +267,6 @@ def full_precision(model: PeftModel) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """One voice on the terminal: ours. The libraries' progress bars and advice would stand between our lines."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks at import for a package that would make 4 bits faster on a CPU
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
