@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from test_ppo_trainer import PROMPTS, PTX, config, digest, roles, share_of_vowels
 
 from instructlite.models.base import load_base
 from instructlite.models.sampling import Sampling
 from instructlite.training import rollout
 from instructlite.training.ppo_trainer import PPOTrainer
-
-from test_ppo_trainer import PROMPTS, PTX, config, digest, roles, share_of_vowels
 
 
 def run(rank: int, processes: int, port: int, base: str, out: str, resume: bool) -> None:
@@ -34,7 +33,12 @@ def run(rank: int, processes: int, port: int, base: str, out: str, resume: bool)
     trainer.train(resume_from_checkpoint=f"{out}/checkpoint-3" if resume else None)
     weights = [p for role in ("policy", "value") for p in trainer.unwrapped.role_parameters(role)]
     logs = [{k: v for k, v in log.items() if "time" not in k and "per_s" not in k} for log in trainer.state.log_history]
-    state = {"weights": torch.cat([p.detach().flatten() for p in weights]), "kl_coef": trainer.kl_coef, "scale": trainer.scale.mean, "logs": logs}
+    state = {
+        "weights": torch.cat([p.detach().flatten() for p in weights]),
+        "kl_coef": trainer.kl_coef,
+        "scale": trainer.scale.mean,
+        "logs": logs,
+    }
     torch.save(state | {"sha": digest(weights)}, f"{out}/result-{processes}-{rank}.pt")
     if processes > 1:
         torch.distributed.destroy_process_group()

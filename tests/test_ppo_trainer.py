@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from accelerate import skip_first_batches
+from conftest import byte_tokenizer, tiny_config
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PrinterCallback
 from trl.trainer.utils import RepeatSampler
 
-from conftest import byte_tokenizer, tiny_config
 from instructlite.config import Lora
 from instructlite.errors import InstructLiteError
 from instructlite.models.base import Base, load_base, lora_config
@@ -588,7 +588,8 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(tiny_path, 
 
 def test_resuming_with_another_reward_model_is_refused(tiny_path, tmp_path):
     start = lambda seed: trainer_of(  # noqa: E731
-        roles(load_base(tiny_path, dtype="float32", chat_template="chatml"), seed=seed), config(tmp_path, save_strategy="steps", save_steps=4)
+        roles(load_base(tiny_path, dtype="float32", chat_template="chatml"), seed=seed),
+        config(tmp_path, save_strategy="steps", save_steps=4),
     )
     start(0).train()
     with pytest.raises(InstructLiteError, match="weights of reward"):
@@ -596,7 +597,9 @@ def test_resuming_with_another_reward_model_is_refused(tiny_path, tmp_path):
 
 
 def test_a_checkpoint_is_a_plain_adapter_of_the_policy(tiny_path, tmp_path):
-    trainer = trainer_of(roles(load_base(tiny_path, dtype="float32", chat_template="chatml")), config(tmp_path, save_strategy="steps", save_steps=4))
+    trainer = trainer_of(
+        roles(load_base(tiny_path, dtype="float32", chat_template="chatml")), config(tmp_path, save_strategy="steps", save_steps=4)
+    )
     trainer.train()
     stored = Adapter.load(tmp_path / "checkpoint-4")
     loaded = RoleModel.load(load_base(tiny_path, dtype="float32", chat_template="chatml"), {"policy": stored})

@@ -1,9 +1,8 @@
-"""Health of a PPO run: checks before and during it that name the cause and the remedy.
+"""Health of a PPO run: each `Check` looks at the metrics of one cycle and names the cause and the remedy.
 
-Before the run `Health.before` looks at the roles, the reward model's own figures and the memory; that base, tokenizer and
-chat template are those of every adapter, `verify` has then refused already. During it each `Check` looks at the metrics
-of one cycle. A warning is said once a run and stands in the log of every cycle it holds for as health/<name> = 1; a fatal
-one saves a checkpoint and ends the run. Nothing here changes what is learnt.
+A warning is said once a run and stands in the log of every cycle it holds for as health/<name> = 1; a fatal one saves a
+checkpoint and ends the run. Nothing here changes what is learnt. What can be seen before the run is in preflight.py; numbers
+that are not finite end the run where they arise, in ppo_trainer.py and rewards.py.
 """
 
 from __future__ import annotations
@@ -11,23 +10,20 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..errors import InstructLiteError
 from ..models.base import Base
-from ..models.manifest import Adapter
-from ..models.roles import RoleModel
 from .outliers import KnownStates
 from .ppo_config import PPOConfig
 from .ppo_math import Reduce, masked_mean, masked_variance
+from .preflight import check_start, check_trainable, doubts
 from .rollout import Rollout
 
 if TYPE_CHECKING:
@@ -100,10 +96,18 @@ def _off_policy(seen: Seen) -> bool:
     return seen.now["rollout/logp_mismatch" if seen.float32 else "rollout/logp_mismatch_mean"] > 0.05
 
 
+def _ensemble_disagrees(seen: Seen) -> bool:
+    """Twice as much as at first, and by more than rounding between members that are all but equal."""
+    return seen.now["reward/ensemble_std"] > max(2 * seen.first["reward/ensemble_std"], 0.1)
+
+
 def _watch_disagrees(seen: Seen) -> bool:
-    """The held-out score fell by more than two standard errors while the score that is optimised rose."""
+    """The held-out score fell while the score that is optimised rose.
+
+    By more than three standard errors: with two, every second run of a hundred cycles would be accused by chance.
+    """
     spread = math.hypot(seen.first["watch/score_std"], seen.now["watch/score_std"]) / math.sqrt(seen.args.rollout_batch_size)
-    fell = seen.now["watch/score"] < seen.first["watch/score"] - 2 * spread
+    fell = seen.now["watch/score"] < seen.first["watch/score"] - 3 * spread
     return fell and seen.now["objective/score"] > seen.first["objective/score"]
 
 
@@ -204,8 +208,9 @@ CHECKS = (
         "update_too_big",
         ("policy/clip_frac", "policy/approx_kl"),
         _update_too_big,
-        "one cycle moves the policy too far",
+        "for 2 cycles each has moved the policy too far",
         "lower learning_rate or num_ppo_epochs, or set target_kl",
+        cycles=2,  # once, a single token that became a thousand times likelier is enough, in healthy runs too
     ),
     Check(
         "update_too_small",
@@ -225,7 +230,7 @@ CHECKS = (
     Check(
         "ensemble_disagreement",
         ("reward/ensemble_std",),
-        lambda seen: seen.now["reward/ensemble_std"] > 2 * seen.first["reward/ensemble_std"],
+        _ensemble_disagrees,
         "the members of the ensemble no longer agree: the policy is where the reward models were not trained",
         "stop earlier, raise kl_coef, or combine the members by min",
     ),
@@ -239,8 +244,9 @@ CHECKS = (
     Check(
         "outliers",
         ("watch/outlier_frac", "watch/outlier_mean"),
-        lambda seen: seen.now["watch/outlier_frac"] > max(0.2, 3 * seen.first["watch/outlier_frac"]),
-        "many answers look to the reward model like none it was fitted on, so its scores mean little",
+        # Of 16 known answers, the fewest, one healthy run in 300 has its limit so low that this many of the others pass it.
+        lambda seen: seen.now["watch/outlier_frac"] > 0.3,
+        "to the reward model many answers look like none of the first rollout: the policy is where its scores were never tested",
         "take an earlier checkpoint, raise kl_coef, or set watch_outlier_stop",
     ),
     Check(
@@ -285,9 +291,14 @@ class Health:
                 self.say(text)
         return {f"health/{name}": 1.0}
 
-    def before(self, trainer: PPOTrainer) -> Row:
-        """Flags of what is doubtful about a run that has not begun; raises InstructLiteError if it cannot work at all."""
+    def before(self, trainer: PPOTrainer, fresh: bool) -> Row:
+        """Flags of what is doubtful before the first step (fresh: of the whole run, not of a resumed one).
+
+        Raises InstructLiteError for what cannot work at all.
+        """
         check_trainable(trainer.unwrapped)
+        if fresh:
+            check_start(trainer.unwrapped)
         flags: Row = {}
         for name, text in doubts(trainer):
             flags |= self.warn(name, text)
@@ -324,19 +335,20 @@ class Health:
     def watch(self, rollout: Rollout, reduce: Reduce, gather: Callable[[Tensor], Tensor]) -> Row:
         """Metrics that show reward hacking: the held-out reward model's mean score, and how far the answers lie from known ones.
 
-        What they are computed from is then dropped from the rollout. gather: rows of all processes.
+        Known are those of the first rollout: before the second there is no distance to log. What the metrics are computed
+        from is then dropped from the rollout. gather: rows of all processes.
         """
         row, states = {}, rollout.reward_states
         each = torch.ones(len(rollout), dtype=torch.bool, device=rollout.mask.device)
         if rollout.watch_scores is not None:
             row["watch/score"] = masked_mean(rollout.watch_scores, each, reduce).item()
             row["watch/score_std"] = masked_variance(rollout.watch_scores, each, reduce).sqrt().item()
-        if states is not None and self.known is None:
-            self.known = KnownStates.fit(gather(states))
         if states is not None and self.known is not None:
             distances = self.known.distances(states)
             row["watch/outlier_mean"] = masked_mean(distances, each, reduce).item()
-            row["watch/outlier_frac"] = masked_mean((distances > self.known.limit).float(), each, reduce).item()
+            row["watch/outlier_frac"] = masked_mean((distances > 1).float(), each, reduce).item()
+        elif states is not None:
+            self.known = KnownStates.fit(gather(states))
         rollout.watch_scores = rollout.reward_states = None
         return row
 
@@ -366,123 +378,11 @@ class HealthCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        flags = self.trainer.health.before(self.trainer)
-        if state.global_step == 0:  # a resumed run has them in its log already
+        fresh = state.global_step == 0
+        flags = self.trainer.health.before(self.trainer, fresh)
+        if fresh:  # a resumed run has them in its log already
             self.trainer.note(flags)
 
     def on_step_end(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.rollout_is_live:
             self.trainer.note(self.trainer.health.end_cycle(state.global_step // args.steps_per_cycle - 1))
-
-
-# --- before the run --------------------------------------------------------------------------------------------------
-
-
-def add_watch(model: RoleModel, adapter: Adapter) -> None:
-    """Add the role `watch`; raises InstructLiteError for what is no reward adapter, or one that is optimised."""
-    if adapter.role != "reward":
-        raise InstructLiteError(f"watch_reward={adapter}: a {adapter.role} adapter; give a directory that RewardRecipe wrote")
-    if role := next((role for role, source in model.sources.items() if source.sha256 == adapter.sha256), None):
-        raise InstructLiteError(f"watch_reward={adapter}: it is what the role {role} is; watch one trained on other comparisons")
-    model.add_trained("watch", adapter)
-
-
-def check_reference(kl: float, dtype: str) -> None:
-    """kl: mean k3 a token between policy and reference before the first update, when they are the same weights."""
-    if not kl <= (1e-4 if dtype == "float32" else 1e-2):
-        raise InstructLiteError(
-            f"before the first update the policy differs from the reference (KL {kl:.3g} nats a token, should be 0): "
-            "the reference is not the adapter the policy started from, or dropout or sampling filters are on"
-        )
-
-
-def check_trainable(model: RoleModel) -> None:
-    """Policy, value and its head, and nothing else: a frozen critic gives no error, only a run that does not learn."""
-    expected = {role: model.role_parameters(role) for role in ("policy", "value")}
-    for role, parameters in expected.items():
-        if frozen := sum(not p.requires_grad for p in parameters):
-            raise InstructLiteError(
-                f"the {role} adapter gets no gradient: {frozen} of its {len(parameters)} tensors are frozen; "
-                "leave requires_grad alone after the PPOTrainer is built (PEFT's set_adapter changes it)"
-            )
-    ours = {id(p) for parameters in expected.values() for p in parameters}
-    if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]:
-        raise InstructLiteError(
-            f"{len(others)} tensors besides policy and value would be trained, {others[0]} first; "
-            "leave requires_grad alone after the PPOTrainer is built"
-        )
-
-
-def doubts(trainer: PPOTrainer) -> Iterator[tuple[str, str]]:
-    """Name and line of each thing that is no error but may spoil the run."""
-    args, model = trainer.args, trainer.unwrapped
-    if args.top_k or args.top_p < 1:
-        yield "sampling_filter", "top_k / top_p: sampled and scored distributions differ, so KL and ratios are biased; train without them"
-    base = model.base
-    if args.stop_token_ids and base.end_id not in args.stop_token_ids:
-        end = base.tokenizer.convert_ids_to_tokens(base.end_id)
-        yield (
-            "stop_tokens",
-            (
-                f"stop_token_ids lacks {base.end_id} ({end}), with which SFT and the reward model end every answer: "
-                "responses will run on behind it; add it"
-            ),
-        )
-    for role, adapter in model.sources.items():
-        if adapter.role == "reward":
-            yield from _doubts_of_reward(role, adapter)
-    needed, available = memory_needed(trainer), memory_available(base.device)
-    if needed > available:
-        yield (
-            "memory",
-            (
-                f"PPO needs about {needed / 1e9:.1f} GB beside the weights and {available / 1e9:.1f} GB are free; lower "
-                "per_device_train_batch_size or generation_batch_size or response_length, or set gradient_checkpointing"
-            ),
-        )
-
-
-def _doubts_of_reward(role: str, adapter: Adapter) -> Iterator[tuple[str, str]]:
-    measured = adapter.metrics
-    if "eval_accuracy" not in measured:
-        yield f"{role}_unmeasured", f"{adapter}: an unmeasured reward model; with eval_data its recipe would say whether it is above chance"
-    elif measured["eval_accuracy_low"] <= 0.5:
-        yield (
-            f"{role}_at_chance",
-            (
-                f"{adapter}: right on {measured['eval_accuracy']:.0%} of {measured['eval_pairs']} held-out pairs (95 % interval from "
-                f"{measured['eval_accuracy_low']:.0%}), which may be chance; train it on more comparisons, or measure it on more"
-            ),
-        )
-
-
-def memory_needed(trainer: PPOTrainer) -> float:
-    """Bytes at the peak of a cycle beyond what is allocated before it, roughly: a warning, not a plan.
-
-    The larger of generating (keys and values, two rows of logits) and training one micro-batch (17 numbers a token, layer
-    and hidden unit: Korthikanti 2022, arXiv:2205.05198; policy and value at once), with Adam's moments, the gradients and
-    the hidden states kept for the cycle.
-    """
-    args, model = trainer.args, trainer.unwrapped
-    config, size = model.base.model.config.get_text_config(), torch.finfo(getattr(torch, model.base.dtype)).bits // 8
-    width = max(len(row["prompt_ids"]) for row in trainer.train_dataset) + args.response_length
-    hidden, layers, shared = config.hidden_size, config.num_hidden_layers, model.shared_layers if args.share_lower_layers else 0
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    at_once = args.generation_batch_size or args.local_rollout_batch_size
-    generating = at_once * (2 * width * layers * heads * head_size * size + 2 * config.vocab_size * 4)
-    kept = args.local_rollout_batch_size * width * hidden * size if shared else 0
-    tokens, numbers = args.per_device_train_batch_size * width, 17 * (layers - shared)
-    if model.base.model.is_gradient_checkpointing:
-        numbers = layers + 17
-    training = 2 * tokens * hidden * numbers * size + 3 * args.logp_chunk_size * config.vocab_size * 4
-    optimiser = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return max(generating, kept + training) + optimiser
-
-
-def memory_available(device: torch.device) -> float:
-    """Bytes that could be allocated now."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available

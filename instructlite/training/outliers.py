@@ -1,8 +1,9 @@
 """How far the answers of a policy lie from known ones in the eyes of the reward model: the latent signal of reward hacking.
 
-Answers that exploit a reward model are outliers in its latent space: the share beyond the 99 % quantile of the Mahalanobis
-distance from the SFT policy's answers is the "Mahalanobis outlier probability" of Miao 2025 ("Information-Theoretic Reward
-Modeling for Stable RLHF"). Theirs is the latent of an information bottleneck; here it is what any reward head reads.
+Answers that exploit a reward model are outliers in its latent space: the share of answers whose Mahalanobis distance from
+those of the SFT policy is beyond the 99 % quantile is the "Mahalanobis outlier probability" of Miao 2025
+("Information-Theoretic Reward Modeling for Stable RLHF"). Theirs is the latent of an information bottleneck; here it is
+what any reward head reads. What is left out: a normal distribution to take the quantile from (see KnownStates).
 """
 
 from __future__ import annotations
@@ -10,63 +11,64 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-DIMENSIONS = 32
+FEWEST, MOST = 16, 256  # answers to fit on
 
 
 @dataclass
 class KnownStates:
-    """Mean and main directions (PCA) of what the reward head read (its input at the last token) for known answers.
+    """What the reward head read (its input at the last token) for known answers, and how far another one may lie from it.
 
-    Those of the first rollout, which the reference policy gave: they exist for every reward adapter, whoever trained it, and
-    come from the prompts and the decoding of the run itself, so that the policy starts with 1 % of outliers. The reward
-    model's own training answers were written by others: from those, the first rollout is already far.
-    mean: (hidden,); directions: (hidden, dims), each divided by its standard deviation; count: answers fitted on.
+    Known are the answers of the first rollout, which the reference policy gave: they exist for every reward adapter, whoever
+    trained it, and come from the prompts and the decoding of the run itself. The reward model's own training answers were
+    written by others: from those, the first rollout is already far.
+
+    There are fewer answers than hidden units, so their covariance has a ridge (the median of its eigenvalues), and the
+    distances of the very answers that were fitted are too small. Hence the limit: the 99 % quantile of how far each of them
+    lies from all the others, which assumes no distribution. Fewer than 99 answers have no such quantile; the farthest is the
+    limit then, and new answers of the same kind lie beyond it with probability `expected` (16 answers: 6 %; 32: 3 %).
+
+    mean: (hidden,); directions: (hidden, answers - 1); ridge, limit, expected: scalars. All in fp64.
     """
 
     mean: Tensor
     directions: Tensor
-    count: int
+    ridge: Tensor
+    limit: Tensor
+    expected: Tensor
 
     @classmethod
     def fit(cls, states: Tensor) -> KnownStates | None:
-        """states: (answers, hidden). Four answers or more for each direction; None if that is none, or if they do not vary."""
-        states = states.double()
-        mean = states.mean(0)
+        """states: (answers, hidden), of which the first 256 serve. None if there are fewer than 16, or if they do not vary."""
+        states = states[:MOST].double()
+        n, mean = len(states), states.mean(0)
         _, singular, directions = torch.linalg.svd(states - mean, full_matrices=False)
-        kept = min(DIMENSIONS, len(states) // 4, int((singular > 1e-6 * mean.norm()).sum()))
-        if kept == 0:
+        kept = singular > 1e-6 * mean.norm()
+        if n < FEWEST or not kept.any():
             return None
-        deviations = singular[:kept] / math.sqrt(len(states) - 1)
-        return cls(mean, directions[:kept].T / deviations, len(states))
+        ridge = singular[kept].square().median()
+        shrunk = singular[kept].square() / (singular[kept].square() + ridge)
+        rank = min(n, math.ceil(0.99 * (n + 1)))
+        known = cls(mean, directions[kept].T * shrunk.sqrt(), ridge, torch.ones_like(ridge), ridge.new_tensor((n + 1 - rank) / (n + 1)))
+        # The distance of an answer from the others, had they been fitted without it: Sherman and Morrison's formula (1950),
+        # for mean and scatter lose one answer each. The ridge stays.
+        inside, without = known.distances(states), n / (n - 1)
+        known.limit = (without**2 * inside / (1 - without * inside)).sort().values[rank - 1]
+        return known
 
     def distances(self, states: Tensor) -> Tensor:
-        """Squared Mahalanobis distance by direction, (answers,): around 1 for answers like those fitted on."""
-        return ((states.double() - self.mean) @ self.directions).square().mean(1)
-
-    @property
-    def limit(self) -> float:
-        """What 99 % of new answers stay below, were all from one normal distribution.
-
-        Hotelling's T-squared: chi-square, which ignores that mean and directions were estimated, would call 10 % of the
-        answers outliers after a first rollout of 32. F's quantile is Paulson's approximation (1942).
-        """
-        n, k = self.count, self.directions.shape[1]
-        z, a, b = NormalDist().inv_cdf(0.99), 2 / (9 * k), 2 / (9 * (n - k))
-        p, q, r = (1 - b) ** 2 - z * z * b, (1 - a) * (1 - b), (1 - a) ** 2 - z * z * a
-        quantile = ((q + math.sqrt(q * q - p * r)) / p) ** 3
-        return quantile * (n + 1) * (n - 1) / (n * (n - k))
+        """Squared Mahalanobis distances (answers,) by scatter + ridge, in units of the limit: outliers are beyond 1."""
+        away = states.double() - self.mean
+        # Woodbury: the inverse of scatter + ridge, without a (hidden, hidden) matrix
+        return (away.square().sum(1) - (away @ self.directions).square().sum(1)) / self.ridge / self.limit
 
     def save(self, path: Path) -> None:
-        stored = {"mean": self.mean, "directions": self.directions, "count": torch.tensor(self.count)}
-        save_file({name: tensor.contiguous().cpu() for name, tensor in stored.items()}, path)
+        save_file({name: value.contiguous().cpu() for name, value in vars(self).items()}, path)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> KnownStates:
-        stored = load_file(path)
-        return cls(stored["mean"].to(device), stored["directions"].to(device), int(stored["count"]))
+        return cls(**{name: tensor.to(device) for name, tensor in load_file(path).items()})

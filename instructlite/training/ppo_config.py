@@ -30,7 +30,7 @@ class PPOConfig(TrainingArguments):
     kl_stop: float | None = None
     """A rollout more than this many nats a sequence away from the reference ends the run, saved. None: it goes on."""
     watch_outlier_stop: float | None = None
-    """So does one with more than this share of answers unlike any of the first rollout to the reward model (see health.py)."""
+    """So does one with more than this share of answers unlike any of the first rollout to the reward model (see outliers.py)."""
     ptx_coef: float = 0.0
     """gamma of PPO-ptx: weight of the log-likelihood of the `ptx_dataset`, a mean over tokens. 0.1 is where to start:
     InstructGPT's 27.8 multiplied a sum that was normalised otherwise."""
@@ -90,7 +90,9 @@ class PPOConfig(TrainingArguments):
         if self.kl_controller not in ("fixed", "adaptive"):
             raise InstructLiteError(f"kl_controller={self.kl_controller!r}: choose fixed or adaptive")
         if self.watch_outlier_stop is not None and not 0 < self.watch_outlier_stop < 1:
-            raise InstructLiteError(f"watch_outlier_stop={self.watch_outlier_stop}: a share of the answers, between 0 and 1 (0.5: half of them)")
+            raise InstructLiteError(
+                f"watch_outlier_stop={self.watch_outlier_stop}: a share of the answers, between 0 and 1 (0.5: half of them)"
+            )
         if self.kl_stop is not None and self.kl_stop <= 0:
             raise InstructLiteError(f"kl_stop={self.kl_stop}: nats a sequence, above 0; leave it out for no limit")
         if self.temperature <= 0:

@@ -28,10 +28,11 @@ from ..models.manifest import Adapter
 from ..models.roles import SLICEABLE, RoleModel
 from ..models.sampling import Sampling
 from .cycle import CycleSampler, generator, mix
-from .health import Health, HealthCallback, add_watch, check_reference
+from .health import Health, HealthCallback
 from .ppo_config import PPOConfig
 from .ppo_math import adapted_kl_coef, kl_estimators, policy_losses, value_losses
 from .ppo_state import load_ppo_state, save_ppo_state
+from .preflight import add_watch, check_reference, check_tokenizer
 from .ptx import PtxLoss
 from .rewards import ScoreScale, rewards_of
 from .rollout import Rollout, RolloutOptions, assign_advantages, collect
@@ -78,6 +79,7 @@ class PPOTrainer(Trainer):
             reward_model = rewards_of(reward_model)
             model = RoleModel.for_ppo(base_of(policy, BaseOptions()), policy, reward_model.adapters)
         self.tokenizer = processing_class or model.base.tokenizer
+        check_tokenizer(self.tokenizer, model.base)
         self.rewards = rewards_of(reward_model, roles={role: model.sources.get(role) for role in model.roles})
         for role, adapter in self.rewards.adapters.items():
             if role not in model.roles:

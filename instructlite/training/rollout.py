@@ -293,7 +293,11 @@ def assign_advantages(
         "objective/advantage_std_raw": masked_variance(advantages, learned, reduce).sqrt(),
         "rollout/padding_fraction": 1 - masked_mean(mask.float(), torch.ones_like(mask), reduce),
     }
-    return {name: value.item() for name, value in metrics.items()} | scored.metrics | {
-        "objective/kl_coef": kl_coef,
-        "rollout/length_max": float(mask.shape[1]),
-    }
+    return (
+        {name: value.item() for name, value in metrics.items()}
+        | scored.metrics
+        | {
+            "objective/kl_coef": kl_coef,
+            "rollout/length_max": float(mask.shape[1]),
+        }
+    )
