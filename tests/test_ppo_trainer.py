@@ -67,7 +67,7 @@ def trainer_of(model: RoleModel, args: PPOConfig, **options) -> PPOTrainer:
 
 
 def digest(tensors) -> str:
-    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def collected(model: RoleModel, tmp_path, rows: int = 6, **changes) -> tuple[PPOTrainer, rollout.Rollout]:
@@ -198,6 +198,20 @@ def test_t8_reference_reward_and_base_are_unchanged_by_ppo(quantization, tiny_pa
     assert first["objective/kl"] == 0 and first["objective/kl_k3"] == 0
     last = [log for log in trainer.state.log_history if "objective/kl" in log][-1]
     assert last["objective/kl_k3"] > 0
+    assert digest(frozen) == before and digest(model.role_parameters("policy")) != policy
+
+
+@pytest.mark.slow
+def test_t8_a_cycle_on_the_embedded_model_in_nf4_leaves_its_bytes(tmp_path):
+    model = roles(load_base("smollm2-135m", quantization="nf4", chat_template="chatml"), top_layers=10)
+    trained = {id(p) for role in ("policy", "value") for p in model.role_parameters(role)}
+    frozen = [p for p in model.parameters() if id(p) not in trained]
+    assert sum(p.dtype == torch.uint8 for p in frozen) == 7 * 30
+    before, policy = digest(frozen), digest(model.role_parameters("policy"))
+    trainer = trainer_of(model, config(tmp_path, max_steps=4, padding_free=True))
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "objective/kl" in log]
+    assert logs[0]["objective/kl"] == 0 and logs[0]["rollout/logp_mismatch_mean"] < 0.05
     assert digest(frozen) == before and digest(model.role_parameters("policy")) != policy
 
 
