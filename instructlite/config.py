@@ -113,7 +113,8 @@ class PPOOptions(BaseOptions):
     data: Any
     """Prompts."""
     watch_reward: Any = None
-    """Another reward adapter of the same base, trained on other comparisons: scored along the run, never optimised."""
+    """Another reward adapter of the same base, trained on other comparisons: scored along the run, never optimised.
+    In a recipe file "judge" is the loop's own judge; it costs one more forward pass over each rollout."""
     rewards: Any = None
     """More sources: "module:function" (TRL's signature), "hf:MODEL", a mapping with `model`, or reward adapters; a list, or
     a mapping {name: source}."""

@@ -213,7 +213,8 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
     if stage == "sft":
         return {"model": loop.model, "data": data / "demonstrations.jsonl", "eval_data": data / "heldout_demonstrations.jsonl"}
     if stage == "ppo":
-        return {"model": run / "sft", "reward": run / "reward", "data": data / "prompts.jsonl"}
+        watch = {"watch_reward": run / "judge"} if loop.ppo.get("watch_reward") == "judge" else {}
+        return {"model": run / "sft", "reward": run / "reward", "data": data / "prompts.jsonl", **watch}
     if stage == "report":
         adapters = {name: run / name for name in ("sft", "ppo", "judge", "reward")}
         return {**adapters, "data": data / "heldout_prompts.jsonl", "heldout_demonstrations": data / "heldout_demonstrations.jsonl"}
@@ -233,7 +234,7 @@ def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", call: "Call", *,
         return ledger.stage_run(stage, path, skipped=True)
     say(f"{stage}: training")
     with ledger.running(stage, made_from) as peak:
-        adapter, memory = call(_run_recipe, stage, {**inputs, **options}, path, resume)
+        adapter, memory = call(_run_recipe, stage, {**options, **inputs}, path, resume)
         peak |= memory
     stage_run = ledger.stage_run(stage, path, skipped=False)
     say(f"{stage}: done in {stage_run.seconds:.0f} s{_came_of_it(stage, adapter.metrics)}")

@@ -206,6 +206,13 @@ def test_stages_run_in_order_each_on_what_came_before(stood_in):
     assert all(stage.seconds >= 0 and stage.peak_rss_mb > 0 for stage in result.stages[1:])
 
 
+def test_the_judge_watches_ppo_where_that_is_asked_for(stood_in):
+    stood_in.go()
+    assert "watch_reward" not in dict(stood_in.calls)["ppo"]
+    _, ran = stood_in.go("ppo.watch_reward=judge")
+    assert ran == ["ppo", "report"] and dict(stood_in.calls)["ppo"]["watch_reward"] == stood_in.run / "judge"
+
+
 def test_what_is_done_is_kept(stood_in):
     stood_in.go()
     result, ran = stood_in.go()

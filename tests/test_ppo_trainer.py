@@ -86,7 +86,7 @@ def collected(model: RoleModel, tmp_path, rows: int = 6, **changes) -> tuple[PPO
 
 
 def padded(batch: rollout.Rollout, left: int, right: int) -> ResponseBatch:
-    grow = lambda x, l, r: torch.nn.functional.pad(x, (l, r))  # noqa: E731
+    grow = lambda x, *sides: torch.nn.functional.pad(x, sides)  # noqa: E731
     return ResponseBatch(grow(batch.input_ids, left, right), grow(batch.attention_mask, left, right), grow(batch.mask, 0, right))
 
 
@@ -488,8 +488,8 @@ def bandit(seed: int, tmp_path, kl_coef: float = 0.02, source: Callable | None =
         return good.sum(1) / batch.mask.sum(1)
 
     args = config(
-        tmp_path, per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=4, response_length=8, kl_coef=kl_coef, learning_rate=1e-2,
-        max_steps=-1, num_train_epochs=1, seed=seed, max_grad_norm=1.0, score_normalization="none",
+        tmp_path, per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=4, response_length=8, kl_coef=kl_coef,
+        learning_rate=1e-2, max_steps=-1, num_train_epochs=1, seed=seed, max_grad_norm=1.0, score_normalization="none",
     )  # fmt: skip
     trainer = trainer_of(model, args, prompts=prompts, reward_model=source or share)
     trainer.train()
