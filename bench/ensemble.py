@@ -75,9 +75,8 @@ def main() -> None:
     ]
     for name, side in zip(("one", args.combine), sides, strict=True):
         gains = ", ".join(f"{key} {side[key]:+.3f}" for key in ("score_gain", "held_out_gain", "overshoot"))
-        print(
-            f"{name:>15}: {gains}, KL {side['kl'][-1]:.1f}, {side['seconds_per_cycle']:.1f} s a cycle ({side['score_seconds']:.1f} s of it scoring)"
-        )
+        took = f"{side['seconds_per_cycle']:.1f} s a cycle ({side['score_seconds']:.1f} s of it scoring)"
+        print(f"{name:>15}: {gains}, KL {side['kl'][-1]:.1f}, {took}")
     summary = {"step_ratio": sides[1]["seconds_per_cycle"] / sides[0]["seconds_per_cycle"], "members": args.members}
     summary["accuracies"] = [member.metrics.get("eval_accuracy") for member in members.members]
     print(f"step with {args.members} / with one: {summary['step_ratio']:.2f}")
