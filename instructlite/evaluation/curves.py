@@ -5,6 +5,7 @@ Curves are drawn as text: what a glance needs, without a plotting library, and i
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def training_of(name: str, adapter: Adapter) -> dict[str, Any] | None:
 def means(values: Sequence[float], points: int) -> list[float]:
     """The values, or where there are more than so many, the means of as many runs of neighbours, equally long but for one."""
     edges = [round(i * len(values) / min(points, len(values))) for i in range(min(points, len(values)) + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
 
 
 def sparkline(values: Sequence[float]) -> str:

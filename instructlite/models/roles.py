@@ -227,7 +227,11 @@ class RoleModel(PeftModelForCausalLM):
         return get_peft_model_state_dict(self, adapter_name=role, save_embedding_layers=False)
 
     def save_role(self, role: str, directory: str | Path, *, parents: dict[str, str] | None = None) -> None:
-        """Write one role as a plain PEFT adapter directory with tokenizer and manifest."""
+        """Write one role without a head as a plain PEFT adapter directory with tokenizer and manifest."""
+        if role in self.heads:
+            raise InstructLiteError(
+                f"the role {role} has a scalar head, which the directory would lack; RewardRecipe writes reward adapters"
+            )
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_of(role).items()}
@@ -237,7 +241,7 @@ class RoleModel(PeftModelForCausalLM):
         config.base_model_name_or_path, config.revision = str(self.base.path), self.base.revision
         config.save_pretrained(str(directory))
         self.base.tokenizer.save_pretrained(directory)
-        write_manifest(directory, role="policy" if role not in self.heads else role, base=self.base, parents=parents)
+        write_manifest(directory, role="policy", base=self.base, parents=parents)
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 
