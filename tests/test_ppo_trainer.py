@@ -1,4 +1,4 @@
-"""PPOTrainer: invariances, exactness and learning (T-4 to T-6, T-8 to T-11, T-13, T-14, T-16, T-23 of the PPO design)."""
+"""PPOTrainer: invariances, exactness and learning (T-4 to T-6, T-8 to T-14, T-16, T-18, T-21, T-23, T-24 of the PPO design)."""
 
 import hashlib
 import math
@@ -408,11 +408,12 @@ def test_the_missing_eos_penalty_is_taken_from_responses_that_did_not_stop(tiny_
     assert_close(log["objective/score"], -1.5 * log["rollout/eos_missing_frac"])
 
 
-def test_evaluating_between_steps_changes_no_weight(tiny_path, tmp_path):
+def test_t18_evaluating_and_logging_between_steps_changes_no_weight(tiny_path, tmp_path):
     results = []
     for strategy in ("no", "steps"):
         model = roles(load_base(tiny_path, dtype="float32", chat_template="chatml"))
-        args = config(tmp_path, eval_strategy=strategy, eval_steps=1, eval_on_start=strategy == "steps")
+        often = strategy == "steps"
+        args = config(tmp_path, eval_strategy=strategy, eval_steps=1, eval_on_start=often, logging_steps=1 if often else 3)
         trainer = trainer_of(model, args, eval_dataset=PROMPTS[:5], reward_model=share_of_vowels)
         trainer.train()
         results.append(digest(model.role_parameters("policy") + model.role_parameters("value")))
@@ -570,7 +571,8 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(tiny_path, 
 
 def test_resuming_with_another_reward_model_is_refused(tiny_path, tmp_path):
     start = lambda seed: trainer_of(  # noqa: E731
-        roles(load_base(tiny_path, dtype="float32", chat_template="chatml"), seed=seed), config(tmp_path, save_strategy="steps", save_steps=4)
+        roles(load_base(tiny_path, dtype="float32", chat_template="chatml"), seed=seed),
+        config(tmp_path, save_strategy="steps", save_steps=4),
     )
     start(0).train()
     with pytest.raises(InstructLiteError, match="weights of reward"):
@@ -578,7 +580,9 @@ def test_resuming_with_another_reward_model_is_refused(tiny_path, tmp_path):
 
 
 def test_a_checkpoint_is_a_plain_adapter_of_the_policy(tiny_path, tmp_path):
-    trainer = trainer_of(roles(load_base(tiny_path, dtype="float32", chat_template="chatml")), config(tmp_path, save_strategy="steps", save_steps=4))
+    trainer = trainer_of(
+        roles(load_base(tiny_path, dtype="float32", chat_template="chatml")), config(tmp_path, save_strategy="steps", save_steps=4)
+    )
     trainer.train()
     stored = Adapter.load(tmp_path / "checkpoint-4")
     loaded = RoleModel.load(load_base(tiny_path, dtype="float32", chat_template="chatml"), {"policy": stored})
