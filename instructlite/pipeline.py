@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .config import SECTIONS, STAGES, DataOptions, Loop
-from .data.records import as_groups, data_hash, read_records, split_by_prompt, write_records
+from .data.records import as_groups, data_hash, read_ptx, read_records, split_by_prompt, write_records
 from .errors import BadRecords, InstructLiteError
 from .models.manifest import NAME as MANIFEST
 from .models.manifest import Adapter, is_adapter, sha256_file
@@ -64,15 +64,17 @@ def run_loop(
     """
     if only is not None and only not in STAGES:
         raise InstructLiteError(f"--only {only}: no such stage; stages: {', '.join(STAGES)}")
-    # Every `training:` block goes through its config class now, not when its stage begins, minutes or hours from here.
+    run = Path(output_dir)
+    # Every section goes through its recipe, and its `training:` block through its config class, now, not when its stage begins,
+    # minutes or hours from here.
     for stage in SECTIONS:
         if only in (None, stage):
+            recipe_class(stage)(**{**loop.options(stage), **stage_inputs(stage, loop, run)})
             recipe_class(stage).check_training(loop.options(stage).get("training", {}))
     if only in (None, "ppo") and loop.ppo.get("rewards"):
         from .training.rewards import check_functions
 
         check_functions(loop.ppo["rewards"])
-    run = Path(output_dir)
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(loop.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
     ledger = Ledger(run / "stages.json")
@@ -82,7 +84,7 @@ def run_loop(
     # 1. Data: read and split again each time, which takes seconds and is how a changed file is noticed
     if only in (None, "data") or not (run / "data" / "data.json").is_file():
         with ledger.running("data", made_from="sources"):
-            say(f"data: {prepare_data(loop.data, run / 'data')}")
+            say(f"data: {prepare_data(loop.data, run / 'data', loop.ppo.get('ptx_data'))}")
         done.append(ledger.stage_run("data", run / "data", skipped=False))
     # 2. SFT  3. Reward model  4. Judge  5. PPO
     for stage in SECTIONS:
@@ -95,8 +97,10 @@ def run_loop(
     return LoopRun(run, done, report)
 
 
-def prepare_data(options: DataOptions, directory: Path) -> str:
+def prepare_data(options: DataOptions, directory: Path, ptx: str | list[str] | None = None) -> str:
     """Read, split and write the run's records as JSONL, with `data.json` (rows and hashes of each file); returns a summary.
+
+    ptx: where PPO-ptx has its texts from; "demonstrations" are those that SFT trains on.
 
     Raises BadRecords with the faults of all sources together.
     """
@@ -108,6 +112,7 @@ def prepare_data(options: DataOptions, directory: Path) -> str:
         "heldout_demonstrations": (_file(options.heldout_demonstrations), "demonstrations"),
         "judge": (_file(options.judge), None),
         "heldout": (_file(options.heldout), None),
+        "ptx": (None if ptx == "demonstrations" else ptx, None),
     }
     rows = _read_all({name: source for name, source in sources.items() if source[0] is not None})
     heldout_demonstrations = {"heldout_demonstrations": options.heldout_demonstrations}
@@ -123,11 +128,14 @@ def prepare_data(options: DataOptions, directory: Path) -> str:
     for name in ("prompts", "heldout_prompts"):
         if not parts[name]:
             raise InstructLiteError(f"data.prompt_characters={options.prompt_characters} leaves no {name}; raise it")
-    for name in FILES:
+    if ptx == "demonstrations":
+        parts["ptx"] = parts["demonstrations"]
+    names = [*FILES, *(["ptx"] if ptx is not None else [])]
+    for name in names:
         write_records(directory / f"{name}.jsonl", parts[name])
-    counts = {name: {"rows": len(parts[name]), "sha256": data_hash(parts[name])} for name in FILES}
+    counts = {name: {"rows": len(parts[name]), "sha256": data_hash(parts[name])} for name in names}
     (directory / "data.json").write_text(json.dumps({"options": asdict(options), "files": counts}, indent=2) + "\n", encoding="utf-8")
-    return ", ".join(f"{len(parts[name])} {name.replace('_', ' ')}" for name in FILES)
+    return ", ".join(f"{len(parts[name])} {name.replace('_', ' ')}" for name in names)
 
 
 FILES = ("demonstrations", "heldout_demonstrations", "reward", "judge", "heldout", "prompts", "heldout_prompts")
@@ -141,7 +149,7 @@ def _read_all(sources: Mapping[str, tuple[Any, str | None]]) -> dict[str, list[d
     rows, problems = {}, []
     for name, (source, kind) in sources.items():
         try:
-            rows[name] = read_records(source, kind)
+            rows[name] = read_ptx(source) if name == "ptx" else read_records(source, kind)
         except BadRecords as error:
             problems += error.problems
     if problems:
@@ -181,7 +189,8 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
     if stage == "sft":
         return {"model": loop.model, "data": data / "demonstrations.jsonl", "eval_data": data / "heldout_demonstrations.jsonl"}
     if stage == "ppo":
-        return {"model": run / "sft", "reward": run / "reward", "data": data / "prompts.jsonl"}
+        texts = {} if loop.ppo.get("ptx_data") is None else {"ptx_data": data / "ptx.jsonl"}
+        return {"model": run / "sft", "reward": run / "reward", "data": data / "prompts.jsonl", **texts}
     if stage == "report":
         adapters = {name: run / name for name in ("sft", "ppo", "judge", "reward")}
         return {**adapters, "data": data / "heldout_prompts.jsonl", "heldout_demonstrations": data / "heldout_demonstrations.jsonl"}
@@ -201,7 +210,7 @@ def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", call: "Call", *,
         return ledger.stage_run(stage, path, skipped=True)
     say(f"{stage}: training")
     with ledger.running(stage, made_from) as peak:
-        adapter, memory = call(_run_recipe, stage, {**inputs, **options}, path)
+        adapter, memory = call(_run_recipe, stage, {**options, **inputs}, path)
         peak |= memory
     stage_run = ledger.stage_run(stage, path, skipped=False)
     say(f"{stage}: done in {stage_run.seconds:.0f} s{_came_of_it(stage, adapter.metrics)}")

@@ -135,6 +135,7 @@ class PPOTrainer(Trainer):
         self._micro_step: int | None = None  # derived from global_step at the first training_step, also after a resume
         self._cycle_start: tuple | None = None  # micro-step, KL coefficient, scales and health when the cycle began
         self._step_tokens: Tensor | None = None  # of each optimiser step of the cycle, over all processes
+        self._step_kl = torch.zeros(2, dtype=torch.float64, device=args.device)  # nats and tokens of the optimiser step, here
         self._metrics = Averages()
 
     @staticmethod
@@ -248,7 +249,7 @@ class PPOTrainer(Trainer):
         if phase == 0 or self._step_tokens is None:
             self._step_tokens = self._tokens_of_steps(cycle)
         if micro == 0:
-            self._step_kl = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            self._step_kl.zero_()
         self._skipping = self.skip_cycle == cycle
         if self._skipping:
             self._micro_step += 1

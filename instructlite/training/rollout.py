@@ -287,7 +287,7 @@ def assign_advantages(
     gap = of_tokens["rollout/surprisal_gap"]
     # Where no rare token was drawn the spread of the gap is too small; for a rare one it is at least the entropy.
     spread = torch.maximum(masked_variance(gap, mask, reduce), metrics["objective/entropy"])
-    answers = gather([tuple(row[valid].tolist()) for row, valid in zip(rollout.responses, mask, strict=True)])
+    answers = gather([hash(tuple(row[valid].tolist())) for row, valid in zip(rollout.responses, mask, strict=True)])
     metrics |= {
         "rollout/surprisal_gap_z": metrics["rollout/surprisal_gap"] * (reduce(mask.sum()) / spread.clamp(min=1e-12)).sqrt(),
         "rollout/score_length_corr": correlation(rollout.scores, mask.sum(1).float(), scored.judged, reduce),
