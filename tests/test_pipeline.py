@@ -15,6 +15,7 @@ from instructlite.data.records import read_records, write_records
 from instructlite.errors import BadRecords, InstructLiteError
 from instructlite.models.manifest import Adapter
 from instructlite.pipeline import in_own_process, prepare_data, run_loop
+from instructlite.training.work import locked
 
 
 def opening(record: dict) -> str:
@@ -109,7 +110,7 @@ def test_parts_that_leave_nothing_are_refused(files, tmp_path):
 @pytest.fixture
 def stood_in(files, tmp_path, monkeypatch):
     """A loop whose recipes and evaluation only note what they were given; `calls` holds that, `fails` names stages that break."""
-    state = SimpleNamespace(calls=[], fails=set(), run=tmp_path / "run", said=[])
+    state = SimpleNamespace(calls=[], resumed=[], fails=set(), run=tmp_path / "run", said=[])
 
     class Recipe:
         def __init__(self, **arguments):
@@ -120,7 +121,8 @@ def stood_in(files, tmp_path, monkeypatch):
             if "max_step" in training:
                 raise InstructLiteError("training.max_step: no such option")
 
-        def run(self, path):
+        def run(self, path, resume):
+            state.resumed.append((path.name, resume))
             state.calls.append((path.name, self.arguments))
             if path.name in state.fails:
                 raise KeyboardInterrupt
@@ -153,10 +155,11 @@ def stood_in(files, tmp_path, monkeypatch):
     def loop(*overrides):
         return load_loop(recipe, overrides)
 
-    def go(*overrides, only=None):
+    def go(*overrides, only=None, resume=False):
         state.calls.clear()
+        state.resumed.clear()
         state.said.clear()
-        result = run_loop(loop(*overrides), state.run, only=only, say=state.said.append)
+        result = run_loop(loop(*overrides), state.run, only=only, resume=resume, say=state.said.append)
         return result, [name for name, _ in state.calls]
 
     monkeypatch.setattr(pipeline, "recipe_class", lambda stage: Recipe)
@@ -227,6 +230,31 @@ def test_an_interrupted_stage_starts_over_and_the_finished_ones_do_not(stood_in)
         stood_in.go()
     stood_in.fails = set()
     assert stood_in.go()[1] == ["judge", "ppo", "report"]
+
+
+def test_resume_goes_to_the_stages_that_are_not_done(stood_in):
+    stood_in.fails = {"judge"}
+    with pytest.raises(KeyboardInterrupt):
+        stood_in.go()
+    assert stood_in.resumed == [("sft", False), ("reward", False), ("judge", False)]
+    stood_in.fails = set()
+    stood_in.go(resume=True)
+    assert stood_in.resumed == [("judge", True), ("ppo", True)]
+
+
+def test_a_second_loop_in_the_same_directory_is_refused(stood_in):
+    stood_in.run.mkdir()
+    with locked(stood_in.run), pytest.raises(InstructLiteError, match="is at work there"):
+        stood_in.go()
+    assert not list(stood_in.run.iterdir())
+
+
+def test_data_of_which_only_a_part_was_written_is_none(files, tmp_path, monkeypatch):
+    prepare_data(options(files), tmp_path / "data")
+    monkeypatch.setattr(pipeline, "write_records", lambda path, rows: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data(options(files), tmp_path / "data")
+    assert not (tmp_path / "data" / "data.json").exists()
 
 
 def test_a_stage_interrupted_while_it_was_done_again_is_not_taken_for_done(stood_in):

@@ -3,7 +3,6 @@
 Thin on purpose: the roles are in models/roles.py, the algorithm in ppo_trainer.py, rollout.py and ppo_math.py.
 """
 
-import time
 from typing import Any
 
 from ..config import PPOOptions
@@ -47,9 +46,11 @@ class PPORecipe(Recipe, PPOOptions):
         texts = None if self.ptx_data is None else run.records("ptx", read_ptx(self.ptx_data))
         base = base_of(self.model, self)
         config = self.trainer_config(run, base, kl_coef=self.kl_coef, ptx_coef=self._ptx_coef())
+        parents = {role: adapter.sha256 for role, adapter in rewards.adapters.items()} | ({"sft": policy.sha256} if policy else {})
         start = policy or lora_config(self.lora, base.model, "CAUSAL_LM")
         if self.value_from == "reward" and rewards.value_start(config.score_normalization) is None:
             raise InstructLiteError(NO_VALUE_START)
+        checkpoint = run.begin(base, config, parents)
         model = RoleModel.for_ppo(base, start, rewards.adapters, value_from=self.value_from)
         trainer = PPOTrainer(
             model, config, train_dataset=prompts, ptx_dataset=texts, reward_model=rewards, watch_reward=self.watch_reward
@@ -59,10 +60,8 @@ class PPORecipe(Recipe, PPOOptions):
             run.note(f"{out} of {len(prompts)} prompts have more than {config.max_prompt_length} tokens and are left out")
         trainer.health.say = run.note
         run.watch(trainer)
-        clock = time.perf_counter()
-        trainer.train()
-        run.metrics |= summary(trainer, time.perf_counter() - clock)
-        parents = {role: adapter.sha256 for role, adapter in rewards.adapters.items()} | ({"sft": policy.sha256} if policy else {})
+        trainer.train(resume_from_checkpoint=checkpoint)
+        run.metrics |= summary(trainer)
         model.save_role("policy", run.directory, parents=parents)
 
     def _ptx_coef(self) -> float:
@@ -74,8 +73,9 @@ class PPORecipe(Recipe, PPOOptions):
         return super().resolved() | {"reward": in_words(self.reward), "rewards": in_words(self.rewards)}
 
 
-def summary(trainer: PPOTrainer, seconds: float) -> dict[str, Any]:
-    """What run.json says of a finished PPO training."""
+def summary(trainer: PPOTrainer) -> dict[str, Any]:
+    """What run.json says of a finished PPO training; of all of it, if it was resumed."""
+    seconds = trainer.state.log_history[-1]["train_runtime"]
     cycles = [log for log in trainer.state.log_history if "objective/score" in log]
     tail = cycles[-max(1, len(cycles) // 4) :]
     episodes = len(cycles) * trainer.args.rollout_batch_size

@@ -28,6 +28,7 @@ from ..models.manifest import Adapter
 from ..models.roles import RoleModel
 from ..models.sampling import Sampling
 from .averages import Averages
+from .checkpoints import Checkpointing
 from .cycle import CycleSampler, generator, mix
 from .health import Health, HealthCallback, add_watch, check_reference
 from .ppo_config import PPOConfig
@@ -43,7 +44,7 @@ NO_VALUE_START = (
 )
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(Checkpointing, Trainer):
     """PPO of the role `policy` of a RoleModel against one or several sources of reward.
 
     model: the SFT adapter (directory or Adapter), or a RoleModel with the roles `policy`, `value` (with its head) and, for
