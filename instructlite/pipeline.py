@@ -4,6 +4,9 @@ Stages talk through the run directory only. `stages.json` there remembers what e
 options, the data files, the adapters before it); a stage that would be made from the same again is skipped. One that was
 interrupted is not in the file: it starts over, or goes on from its last checkpoint (`resume`). Nothing is printed here: lines
 for the user go through `say`.
+
+Started by a launcher as several processes, all of them train. The main one alone reports and writes; the others wait for its
+files between the stages and are done when PPO is.
 """
 
 import hashlib
@@ -28,7 +31,7 @@ from .errors import BadRecords, InstructLiteError
 from .models.manifest import NAME as MANIFEST
 from .models.manifest import Adapter, is_adapter, sha256_file
 from .training.interrupt import NAMES, Interrupted, Interruption
-from .training.work import is_main_process, locked, write_text
+from .training.work import is_main_process, launched, locked, write_text
 
 if TYPE_CHECKING:
     from .evaluation.report import Report
@@ -71,7 +74,8 @@ def run_loop(
     """Run the loop into `output_dir`, skipping what is done.
 
     only: run this stage alone, again if it is done, on what the stages before it left there. isolate: each stage in a
-    process of its own, so that it starts with all of the memory (a script must then stand under `if __name__ == "__main__"`).
+    process of its own, so that it starts with all of the memory (a script must then stand under `if __name__ == "__main__"`;
+    not under a launcher, whose processes know each other).
     resume: let a stage that was interrupted go on from its last checkpoint (see `Recipe.run`). Raises InstructLiteError
     before anything is trained if a data file or a `training:` block has faults, and Interrupted after SIGTERM or Ctrl-C.
     """
@@ -89,11 +93,12 @@ def run_loop(
 
         check_functions(loop.ppo["rewards"])
     run.mkdir(parents=True, exist_ok=True)
-    lock = locked(run) if is_main_process() else nullcontext()
-    with Interruption(f"run_loop(..., {str(output_dir)!r}, resume=True)") as interruption, lock:
-        write_text(run / "recipe.yaml", yaml.safe_dump(loop.to_dict(), sort_keys=False, allow_unicode=True))
-        call = partial(in_own_process, interruption=interruption) if isolate else in_this_process
-        return _run_stages(loop, run, only, resume, call, say)
+    main = is_main_process()
+    with Interruption(f"run_loop(..., {str(output_dir)!r}, resume=True)") as interruption, locked(run) if main else nullcontext():
+        if main:
+            write_text(run / "recipe.yaml", yaml.safe_dump(loop.to_dict(), sort_keys=False, allow_unicode=True))
+        call = partial(in_own_process, interruption=interruption) if isolate and not launched() else in_this_process
+        return _run_stages(loop, run, only, resume, call, say if main else lambda line: None)
 
 
 def _run_stages(loop: Loop, run: Path, only: str | None, resume: bool, call: "Call", say: Say) -> LoopRun:
@@ -105,12 +110,16 @@ def _run_stages(loop: Loop, run: Path, only: str | None, resume: bool, call: "Ca
         with ledger.running("data", made_from="sources"):
             say(f"data: {prepare_data(loop.data, run / 'data', loop.ppo.get('ptx_data'))}")
         done.append(ledger.stage_run("data", run / "data", skipped=False))
+    if launched():
+        from .training.recipe import wait_for_all_processes
+
+        wait_for_all_processes()
     # 2. SFT  3. Reward model  4. Judge  5. PPO
     for stage in SECTIONS:
         if only in (None, stage):
             done.append(_train(stage, loop, run, ledger, call, again=only is not None, resume=resume, say=say))
     # 6. Report
-    if only in (None, "report"):
+    if only in (None, "report") and is_main_process():
         stage_run, report = _report(loop, run, ledger, call, again=only is not None, say=say)
         done.append(stage_run)
     return LoopRun(run, done, report)
@@ -121,7 +130,8 @@ def prepare_data(options: DataOptions, directory: Path, ptx: str | list[str] | N
 
     ptx: where PPO-ptx has its texts from; "demonstrations" are those that SFT trains on.
 
-    Raises BadRecords with the faults of all sources together.
+    Of several processes each reads, so that faults stop them all, and the main one writes. Raises BadRecords with the faults of
+    all sources together.
     """
     sources: dict[str, tuple[Any, str | None]] = {
         "demonstrations": (options.demonstrations, "demonstrations"),
@@ -150,15 +160,20 @@ def prepare_data(options: DataOptions, directory: Path, ptx: str | list[str] | N
     if ptx == "demonstrations":
         parts["ptx"] = parts["demonstrations"]
     names = [*FILES, *(["ptx"] if ptx is not None else [])]
-    (directory / "data.json").unlink(missing_ok=True)  # until all files are written: half of them are none
-    for name in names:
-        write_records(directory / f"{name}.jsonl", parts[name])
-    counts = {name: {"rows": len(parts[name]), "sha256": data_hash(parts[name])} for name in names}
-    (directory / "data.json").write_text(json.dumps({"options": asdict(options), "files": counts}, indent=2) + "\n", encoding="utf-8")
+    if is_main_process():
+        _write_data(options, directory, {name: parts[name] for name in names})
     return ", ".join(f"{len(parts[name])} {name.replace('_', ' ')}" for name in names)
 
 
 FILES = ("demonstrations", "heldout_demonstrations", "reward", "judge", "heldout", "prompts", "heldout_prompts")
+
+
+def _write_data(options: DataOptions, directory: Path, parts: dict[str, list[dict]]) -> None:
+    (directory / "data.json").unlink(missing_ok=True)  # until all files are written: half of them are none
+    for name, rows in parts.items():
+        write_records(directory / f"{name}.jsonl", rows)
+    counts = {name: {"rows": len(rows), "sha256": data_hash(rows)} for name, rows in parts.items()}
+    (directory / "data.json").write_text(json.dumps({"options": asdict(options), "files": counts}, indent=2) + "\n", encoding="utf-8")
 
 
 def _file(part: int | float | str) -> str | None:
@@ -297,9 +312,13 @@ Call = Callable[..., tuple[Any, dict[str, float]]]
 
 
 def in_this_process(function: Callable, *arguments: Any) -> tuple[Any, dict[str, float]]:
+    from accelerate.utils.memory import clear_device_cache
+
     from .training.recipe import peak_memory
 
-    return function(*arguments), peak_memory()
+    result = function(*arguments)
+    clear_device_cache(garbage_collection=True)  # trainers stand in circles, and would keep their base through the next stage
+    return result, peak_memory()
 
 
 def in_own_process(function: Callable, *arguments: Any, interruption: Interruption | None = None) -> tuple[Any, dict[str, float]]:
@@ -380,4 +399,5 @@ class Ledger:
         self._write()
 
     def _write(self) -> None:
-        write_text(self.path, json.dumps(self.entries, indent=2) + "\n")
+        if is_main_process():
+            write_text(self.path, json.dumps(self.entries, indent=2) + "\n")

@@ -4,9 +4,13 @@ The processes are forks of a server that has imported everything once, and each 
 What is sampled depends on the process by design, so here every prompt has an answer of its own, whoever answers it.
 """
 
+import io
 import json
 import os
+import shutil
+import signal
 import socket
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,8 +18,11 @@ import torch
 from test_ppo_trainer import PROMPTS, PTX, config, digest, roles, share_of_vowels
 from torch.multiprocessing import start_processes
 
+from instructlite.cli import main
+from instructlite.data.records import write_records
 from instructlite.errors import InstructLiteError
 from instructlite.models.base import load_base
+from instructlite.models.manifest import Adapter
 from instructlite.models.sampling import generate
 from instructlite.training import rollout
 from instructlite.training.ppo_config import PPOConfig
@@ -211,6 +218,78 @@ def test_what_breaks_in_one_process_stops_all_with_a_checkpoint(where, said, tin
     results = in_two_processes(stop_together, tiny_path, tmp_path, where)
     assert results[0] == results[1] and said in results[0]["said"]
     assert results[0]["step"] == 3 and (tmp_path / "checkpoint-3" / "ppo_state.json").is_file()
+
+
+RECIPE = """\
+model: {base}
+dtype: float32
+chat_template: chatml
+lora: {{r: 4, alpha: 8, top_layers: 1}}
+data: {{demonstrations: {out}/d.jsonl, comparisons: {out}/c.jsonl, judge: 8, heldout: 8}}
+sft: {{training: {{max_steps: 2, per_device_train_batch_size: 2, gradient_checkpointing: false}}}}
+reward: {{training: {{max_steps: 2, per_device_train_batch_size: 2, gradient_checkpointing: false}}}}
+ppo:
+  ptx_data: demonstrations
+  training: {{per_device_train_batch_size: 2, num_mini_batches: 2, num_ppo_epochs: 2, max_steps: 8, response_length: 6, save_steps: 1}}
+evaluation: {{prompts: 3, samples: 1, max_new_tokens: 4, greedy: false}}
+"""
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `instructlite ARGUMENTS`."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main(list(arguments))
+    except SystemExit as end:
+        return end.code, out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
+
+
+def loop_and_resumed_loop(base: str, out: str, processes: int) -> dict:
+    torch.set_num_threads(1)
+    recipe, run = f"{out}/recipe.yaml", f"{out}/run"
+    whole = command("run", recipe, "--output", run)
+    if whole[0]:
+        return {"whole": whole}
+    before = Adapter.load(f"{run}/ppo").sha256
+    torch.distributed.barrier()
+    if os.environ["RANK"] == "0":
+        shutil.rmtree(f"{run}/ppo")
+    torch.distributed.barrier()
+    original = PPOTrainer.training_step
+
+    def interrupted(self, *arguments):
+        if self.state.global_step == 5 and os.environ["RANK"] == "1":  # in the middle of the second cycle
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    PPOTrainer.training_step = interrupted
+    stopped = command("run", recipe, "--output", run, "--only", "ppo")
+    PPOTrainer.training_step = original
+    resumed = command("run", recipe, "--output", run, "--resume")
+    torch.distributed.barrier()
+    return {"whole": whole, "stopped": stopped, "resumed": resumed, "before": before, "after": Adapter.load(f"{run}/ppo").sha256}
+
+
+def test_the_whole_loop_trains_in_two_processes_and_one_of_them_reports(tiny_path, tmp_path):
+    write_records(tmp_path / "d.jsonl", [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)])
+    rows = [{"prompt": f"ask {i}", "chosen": f"good {i}", "rejected": "bad" * (1 + i % 3)} for i in range(40)]
+    write_records(tmp_path / "c.jsonl", rows)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(base=tiny_path, out=tmp_path))
+    first, second = in_two_processes(loop_and_resumed_loop, tiny_path, tmp_path)
+    assert [first["whole"][0], second["whole"][0]] == [0, 0], first["whole"][2] + second["whole"][2]
+    assert "win rate of a" in first["whole"][1] and second["whole"][1:] == ("", "")
+    run = tmp_path / "run"
+    stages = ["data", "sft", "reward", "judge", "ppo", "report"]
+    assert sorted(path.name for path in run.iterdir()) == sorted([*stages, "recipe.yaml", "stages.json"])
+    ppo = Adapter.load(run / "ppo")
+    assert ppo.metrics["episodes"] == 16 and json.loads((ppo.path / "run.json").read_text())["made_from"]["processes"] == 2
+    # SIGTERM reaches one process only; all save the same step, and go on from it
+    assert first["stopped"][0] == second["stopped"][0] == 143
+    assert "after step 6" in first["stopped"][2] and "--resume" in first["stopped"][2] and second["stopped"][2] == ""
+    assert first["resumed"][0] == second["resumed"][0] == 0 and "going on after step 6" in first["resumed"][2]
+    assert first["after"] == first["before"]
 
 
 @pytest.mark.parametrize(
