@@ -4,6 +4,7 @@ A user's mistake is one line on stderr and exit code 2; `--debug` shows the trac
 saved, says the command that goes on, and exits with 143 or 130.
 """
 
+import os
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ import typer
 from . import __version__
 from .errors import BadRecords, InstructLiteError
 from .training.interrupt import Interruption
+from .training.work import is_main_process, launched
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,13 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         opening = "the data has faults, nothing was trained:\n" if isinstance(error, BadRecords) else ""
-        print(f"instructlite: {opening}{error}", file=sys.stderr)
+        process = "" if is_main_process() else f" (process {os.environ['RANK']})"
+        print(f"instructlite{process}: {opening}{error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _again(given: list[str]) -> str:
     """The command that goes on with what this one began."""
-    return shlex.join(["instructlite", *given, *([] if given[0] == "evaluate" or "--resume" in given else ["--resume"])])
+    command = shlex.join(["instructlite", *given, *([] if given[0] == "evaluate" or "--resume" in given else ["--resume"])])
+    return f"accelerate launch ... -m {command}" if launched() else command
 
 
 def _print_version(wanted: bool) -> None:
@@ -172,7 +176,8 @@ def _run(loop: "Loop", output: Path, only: str | None = None, resume: bool = Fal
     start = time.perf_counter()
 
     def say(line: str) -> None:
-        console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
+        if is_main_process():
+            console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
 
     say(f"{loop.model} into {output}: loading the libraries")
     from .training.recipe import quiet_libraries
@@ -181,6 +186,8 @@ def _run(loop: "Loop", output: Path, only: str | None = None, resume: bool = Fal
     from .pipeline import run_loop
 
     result = run_loop(loop, output, only=only, isolate=True, resume=resume, say=say)
+    if not is_main_process():
+        return
     if result.report is not None:
         print(f"\n{result.report}")
     console.print()

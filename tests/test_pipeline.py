@@ -299,6 +299,39 @@ def test_only_says_which_stage_is_missing_before_it(stood_in):
         stood_in.go(only="pop")
 
 
+def test_the_texts_of_ptx_are_data_of_the_run(stood_in, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    write_records(texts, [{"text": "once upon a time"}])
+    result, _ = stood_in.go(f"ppo.ptx_data={texts}")
+    assert dict(stood_in.calls)["ppo"]["ptx_data"] == stood_in.run / "data" / "ptx.jsonl"
+    assert read_records(stood_in.run / "data" / "ptx.jsonl") == [{"text": "once upon a time"}]
+    assert stood_in.go(f"ppo.ptx_data={texts}")[1] == []
+    write_records(texts, [{"text": "and then"}])
+    assert stood_in.go(f"ppo.ptx_data={texts}")[1] == ["ppo", "report"]
+    stood_in.go("ppo.ptx_data=demonstrations")
+    data = parts(stood_in.run / "data")
+    assert data["ptx"] == data["demonstrations"]
+    stood_in.go("ppo.ptx_data=starter")
+    assert len(read_records(stood_in.run / "data" / "ptx.jsonl", "texts")) > 100
+    assert "ptx_data" not in dict(stood_in.go()[0] and stood_in.calls)["ppo"]
+
+
+def test_what_is_no_text_for_ptx_stops_before_the_first_stage(stood_in, files):
+    with pytest.raises(InstructLiteError, match="ptx_data: texts or demonstrations are wanted, and one row has the keys prompt, chosen"):
+        stood_in.go(f"ppo.ptx_data={files.comparisons}")
+    assert not stood_in.calls
+
+
+def test_a_fault_in_the_options_of_the_last_stage_stops_before_the_first(stood_in, monkeypatch):
+    from instructlite.training.ppo import PPORecipe
+
+    own = pipeline.recipe_class
+    monkeypatch.setattr(pipeline, "recipe_class", lambda stage: PPORecipe if stage == "ppo" else own(stage))
+    with pytest.raises(InstructLiteError, match="ptx_coef=0.2 without ptx_data"):
+        stood_in.go("ppo.ptx_coef=0.2")
+    assert not stood_in.calls
+
+
 def test_a_misspelt_training_option_of_the_last_stage_stops_before_the_first(stood_in):
     with pytest.raises(InstructLiteError, match="max_step: no such option"):
         stood_in.go("ppo.training.max_step=3")

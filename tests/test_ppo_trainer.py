@@ -1,4 +1,4 @@
-"""PPOTrainer: invariances, exactness and learning (T-4 to T-6, T-8 to T-11, T-13, T-14, T-16, T-23 of the PPO design)."""
+"""PPOTrainer: invariances, exactness and learning (T-4 to T-6, T-8 to T-14, T-16, T-18, T-21, T-23, T-24 of the PPO design)."""
 
 import hashlib
 import math
@@ -440,11 +440,12 @@ def test_the_missing_eos_penalty_is_taken_from_responses_that_did_not_stop(tiny_
     assert_close(log["objective/score"], -1.5 * log["rollout/eos_missing_frac"])
 
 
-def test_evaluating_between_steps_changes_no_weight(tiny_path, tmp_path):
+def test_t18_evaluating_and_logging_between_steps_changes_no_weight(tiny_path, tmp_path):
     results = []
     for strategy in ("no", "steps"):
         model = roles(load_base(tiny_path, dtype="float32", chat_template="chatml"))
-        args = config(tmp_path, eval_strategy=strategy, eval_steps=1, eval_on_start=strategy == "steps")
+        often = strategy == "steps"
+        args = config(tmp_path, eval_strategy=strategy, eval_steps=1, eval_on_start=often, logging_steps=1 if often else 3)
         trainer = trainer_of(model, args, eval_dataset=PROMPTS[:5], reward_model=share_of_vowels)
         trainer.train()
         results.append(digest(model.role_parameters("policy") + model.role_parameters("value")))

@@ -372,8 +372,9 @@ def test_objectives_are_weighed_after_each_was_normalised(tiny_path, tmp_path):
     assert raw[1].mean() > 50 > raw[0].mean(), "one of them lies far above the other"
     assert_close(batch.scores, 0.7 * z[0] + 0.3 * z[1], atol=1e-4, rtol=0)
     for name, scores in zip(("helpful", "harmless"), raw, strict=True):  # logged as they came, before weight and scale
-        assert trainer._metrics[f"rewards/{name}/mean"] == [pytest.approx(scores.mean().item(), rel=1e-5)]
-        assert trainer._metrics[f"rewards/{name}/std"] == [pytest.approx(scores.std(unbiased=False).item(), rel=1e-4)]
+        logged = trainer._metrics.means()
+        assert logged[f"rewards/{name}/mean"] == pytest.approx(scores.mean().item(), rel=1e-5)
+        assert logged[f"rewards/{name}/std"] == pytest.approx(scores.std(unbiased=False).item(), rel=1e-4)
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------------

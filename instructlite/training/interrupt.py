@@ -11,6 +11,8 @@ from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import Any
 
+from .work import is_main_process
+
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 SAME = 1.0  # seconds: within them a second signal is the first one by another way (from the terminal and from the parent process)
 
@@ -55,7 +57,7 @@ class Interruption:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not installed from Python
         inside = any(isinstance(getattr(handler, "__self__", None), Interruption) for handler in before.values())
-        if isinstance(error, Interrupted) and not inside and self.go_on_with is not None:
+        if isinstance(error, Interrupted) and not inside and self.go_on_with is not None and is_main_process():
             sys.stderr.write(f"go on with: {self.go_on_with}\n")
 
     @contextmanager

@@ -9,7 +9,6 @@ import difflib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shutil
 import sys
@@ -52,6 +51,7 @@ from .work import (
     flat,
     forget,
     is_main_process,
+    launched,
     publish,
     read_json,
     refuse_differences,
@@ -73,7 +73,7 @@ HARMLESS = {
     "disable_tqdm", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "report_to", "run_name",
     "save_steps", "save_strategy", "save_total_limit",
 }  # fmt: skip
-SOURCES = {"model", "reward", "data", "eval_data", "demonstrations"}  # compared by what they hold, not by where that is
+SOURCES = {"model", "reward", "data", "eval_data", "demonstrations", "ptx_data"}  # compared by what they hold, not by where that is
 SAVING_SHARE = 0.01  # where the user has not said when to save: a kill costs about a hundred times what a save takes
 
 
@@ -172,7 +172,7 @@ class Run:
 
 
 def wait_for_all_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched():
         PartialState().wait_for_everyone()
 
 
@@ -253,7 +253,8 @@ class Recipe(ABC):
     @classmethod
     def check_training(cls, training: dict[str, Any]) -> None:
         """Raise InstructLiteError if `training` has an option or a value that the stage's config class does not take."""
-        trainer_config(cls.config_class, training, output_dir="unused", use_cpu=True, bf16=False)
+        # On the device of the training: the first config that is made decides how several processes will talk to each other.
+        trainer_config(cls.config_class, training, output_dir="unused", use_cpu=not torch.cuda.is_available(), bf16=False)
 
     def trainer_config(self, run: Run, base: Base, **defaults: Any) -> TrainingArguments:
         """The stage's config: our defaults, over them the recipe's own (`defaults`), over them the user's `training`."""
@@ -272,6 +273,8 @@ class Recipe(ABC):
             # Batches of similar length: on short texts a third to a half of a random batch is padding.
             "train_sampling_strategy": "group_by_length",
             "use_cpu": not cuda,
+            # Every trained tensor is in every forward pass; to look for others costs time.
+            "ddp_find_unused_parameters": False,
             # On a CPU autocast was measured as no faster, and without it the numbers are those of plain PEFT.
             "bf16": cuda and base.dtype == "bfloat16" and not self.training.get("fp16"),
         }
@@ -353,6 +356,9 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Advance]:
     done: what was there before. Yields advance(count=1, note="").
     """
     console = _console()
+    if not is_main_process():
+        yield lambda count=1, note="": None
+        return
     if console.is_terminal:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
                    TimeRemainingColumn(), TextColumn("{task.fields[note]}")]  # fmt: skip

@@ -118,13 +118,18 @@ def held_out_metrics(trainer: SFTTrainer, suffix: str = "") -> dict[str, float]:
 
     Trainer's own `eval_loss` is a mean of batch means, which changes with the batch size.
     """
+    accelerator = trainer.accelerator
+    even, accelerator.even_batches = accelerator.even_batches, False  # True counts rows twice, so that all processes have as many
     model, loader = trainer.model.eval(), trainer.get_eval_dataloader()
+    accelerator.even_batches = even
     nats = tokens = 0.0
     with progress("sft: held-out loss", len(loader)) as advance:
         for inputs in loader:
-            with trainer.accelerator.autocast():
+            with accelerator.autocast():
                 output = model(**inputs, use_cache=False, fused_lm_head=True)  # the head that TRL trains with
             nats -= output.log_probs.double().sum().item()
             tokens += output.label_mask.sum().item()
             advance()
+    if accelerator.num_processes > 1:
+        nats, tokens = accelerator.reduce(torch.tensor([nats, tokens], dtype=torch.float64, device=accelerator.device), "sum").tolist()
     return {f"eval_loss{suffix}": nats / tokens, f"eval_perplexity{suffix}": math.exp(nats / tokens)}

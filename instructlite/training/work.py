@@ -83,6 +83,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def launched() -> bool:
+    """Whether a launcher (accelerate launch, torchrun) has started several of these processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def work_directory(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
