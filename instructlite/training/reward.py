@@ -250,6 +250,7 @@ class Collator:
         answers = [torch.tensor(ids) for row in rows for ids in row["responses_ids"]]
         lengths = torch.tensor([len(answer) for answer in answers])
         ids = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=self.pad_id)
+        ids = nn.functional.pad(ids, (0, -ids.shape[1] % 8), value=self.pad_id)  # fewer shapes: on a CPU each costs compiled kernels
         return {
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
