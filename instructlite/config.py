@@ -88,7 +88,7 @@ class RewardOptions(BaseOptions):
     demonstrations: Any = None
     """The scores are shifted so that these score 0 on average. None: no shift."""
     ensemble: int = 1
-    """So many reward models, with seeds `seed`, `seed` + 1, ...: heads, fresh adapters and the order of the data differ."""
+    """So many reward models, with seeds `seed`, `seed` + 1, ...: the order of the data differs, and adapters that are new."""
     lora: Lora = field(default_factory=Lora)
     head_learning_rate_scale: float = 5.0
     """The new scalar head learns this many times faster than the adapter."""
