@@ -88,7 +88,7 @@ class RewardOptions(BaseOptions):
     demonstrations: Any = None
     """The scores are shifted so that these score 0 on average. None: no shift."""
     ensemble: int = 1
-    """So many reward models, with seeds `seed`, `seed` + 1, ...: the order of the data differs, and adapters that are new."""
+    """So many reward models, with seeds `seed`, `seed` + 1, ...: heads, fresh adapters and the order of the data differ."""
     lora: Lora = field(default_factory=Lora)
     head_learning_rate_scale: float = 5.0
     """The new scalar head learns this many times faster than the adapter."""
@@ -232,9 +232,11 @@ class Loop:
     def options(self, stage: str) -> dict[str, Any]:
         """The keyword arguments of the stage's recipe class, but for those that the pipeline wires (`model`, `data`, …)."""
         section = getattr(self, stage)
-        if stage == "judge":  # one model judges, whatever the reward is made of
-            section = merge({option: value for option, value in self.reward.items() if option != "ensemble"}, self.judge)
         top = {name: getattr(self, name) for name in ("quantization", "dtype", "chat_template", "revision", "seed")}
+        if stage == "judge":  # one model judges, whatever the reward is made of
+            section = merge({option: value for option, value in self.reward.items() if option not in ("ensemble", "seed")}, self.judge)
+            # Started from the same random head as a reward model, it would agree with that one by this alone.
+            top["seed"] = self.reward.get("seed", self.seed) + self.reward.get("ensemble", 1)
         lora = Lora(**merge(asdict(self.lora), section.get("lora", {})))
         return {**top, **section, "lora": lora}
 

@@ -150,3 +150,11 @@ def test_merge_changes_neither_side():
 
 def test_the_demo_recipe_is_listed():
     assert "smollm2-135m" in recipes()
+
+
+def test_the_judge_has_a_seed_that_no_reward_model_has(tmp_path):
+    path = tmp_path / "loop.yaml"
+    path.write_text("model: m\nseed: 5\nreward: {ensemble: 3}\n")
+    assert load_loop(path).options("judge")["seed"] == 8
+    assert load_loop(path, ["reward.seed=1"]).options("judge")["seed"] == 4
+    assert load_loop(path, ["judge.seed=1"]).options("judge")["seed"] == 1
