@@ -1,10 +1,14 @@
 """The verbs of the command line. What is heavy is imported inside a command, so that `--help` answers at once.
 
-A user's mistake is one line on stderr and exit code 2; `--debug` shows the traceback.
+A user's mistake is one line on stderr and exit code 2; `--debug` shows the traceback. A run that SIGTERM or Ctrl-C stopped has
+saved, says the command that goes on, and exits with 143 or 130.
 """
 
+import os
+import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +16,8 @@ import typer
 
 from . import __version__
 from .errors import BadRecords, InstructLiteError
+from .training.interrupt import Interruption
+from .training.work import is_main_process, launched
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,18 +31,29 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
 app.add_typer(data_app, name="data")
 
+RESUME = "Let a stage that was interrupted go on from its last checkpoint."
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a command, turn a user's mistake into one line. `--debug` may stand anywhere on the line."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    given = [argument for argument in arguments if argument != "--debug"]
     try:
-        app(args=[argument for argument in arguments if argument != "--debug"], prog_name="instructlite")
+        with Interruption(_again(given)) if given[:1] in (["run"], ["demo"], ["evaluate"]) else nullcontext():
+            app(args=given, prog_name="instructlite")
     except InstructLiteError as error:
         if "--debug" in arguments:
             raise
         opening = "the data has faults, nothing was trained:\n" if isinstance(error, BadRecords) else ""
-        print(f"instructlite: {opening}{error}", file=sys.stderr)
+        process = "" if is_main_process() else f" (process {os.environ['RANK']})"
+        print(f"instructlite{process}: {opening}{error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _again(given: list[str]) -> str:
+    """The command that goes on with what this one began."""
+    command = shlex.join(["instructlite", *given, *([] if given[0] == "evaluate" or "--resume" in given else ["--resume"])])
+    return f"accelerate launch ... -m {command}" if launched() else command
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,11 +71,14 @@ def _options(
 
 
 @app.command()
-def demo(output: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo")) -> None:
+def demo(
+    output: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
+) -> None:
     """Run the whole loop on the embedded 135M model and the starter data. A CPU is enough."""
     from .config import load_loop
 
-    _run(load_loop("smollm2-135m"), output)
+    _run(load_loop("smollm2-135m"), output, resume=resume)
 
 
 @app.command()
@@ -69,11 +89,12 @@ def run(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run directory.", show_default="runs/RECIPE")] = None,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="One stage alone: data, sft, reward, judge, ppo or report.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
 ) -> None:
     """Run a recipe: data, SFT, reward model, judge, PPO, report. What is done already is kept."""
     from .config import load_loop
 
-    _run(load_loop(recipe, overrides or []), output or Path("runs") / Path(recipe).stem, only)
+    _run(load_loop(recipe, overrides or []), output or Path("runs") / Path(recipe).stem, only, resume)
 
 
 @app.command("recipes")
@@ -148,14 +169,15 @@ def evaluate(
     print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
 
 
-def _run(loop: "Loop", output: Path, only: str | None = None) -> None:
+def _run(loop: "Loop", output: Path, only: str | None = None, resume: bool = False) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     start = time.perf_counter()
 
     def say(line: str) -> None:
-        console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
+        if is_main_process():
+            console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
 
     say(f"{loop.model} into {output}: loading the libraries")
     from .training.recipe import quiet_libraries
@@ -163,7 +185,9 @@ def _run(loop: "Loop", output: Path, only: str | None = None) -> None:
     quiet_libraries()
     from .pipeline import run_loop
 
-    result = run_loop(loop, output, only=only, isolate=True, say=say)
+    result = run_loop(loop, output, only=only, isolate=True, resume=resume, say=say)
+    if not is_main_process():
+        return
     if result.report is not None:
         print(f"\n{result.report}")
     console.print()

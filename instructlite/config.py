@@ -113,7 +113,8 @@ class PPOOptions(BaseOptions):
     data: Any
     """Prompts."""
     watch_reward: Any = None
-    """Another reward adapter of the same base, trained on other comparisons: scored along the run, never optimised."""
+    """Another reward adapter of the same base, trained on other comparisons: scored along the run, never optimised.
+    In a recipe file "judge" is the loop's own judge; it costs one more forward pass over each rollout."""
     rewards: Any = None
     """More sources: "module:function" (TRL's signature), "hf:MODEL", a mapping with `model`, or reward adapters; a list, or
     a mapping {name: source}."""
@@ -125,6 +126,11 @@ class PPOOptions(BaseOptions):
     """How much of the members' standard deviation "mean_minus_std" takes off."""
     kl_coef: float = 0.05
     """Weight of the KL penalty in the reward, per token, in nats. Short for `training.kl_coef`."""
+    ptx_data: Any = None
+    """PPO-ptx: texts or demonstrations whose likelihood the policy keeps, as JSONL, a Hub data set or rows; "starter" is its prose.
+    In a recipe file "demonstrations" are those of SFT. None: plain PPO."""
+    ptx_coef: float | None = None
+    """Weight of their mean log-likelihood a token; short for `training.ptx_coef`. None: 0.1 where there is `ptx_data`."""
     value_from: Literal["sft", "reward"] = "sft"
     """What the value adapter starts as: a copy of the policy's with a zero head, or of the reward model's (InstructGPT)."""
     lora: Lora = field(default_factory=Lora)
@@ -132,6 +138,13 @@ class PPOOptions(BaseOptions):
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     """Goes to PPOConfig untouched."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ptx_coef and self.ptx_data is None:
+            raise InstructLiteError(
+                f"ptx_coef={self.ptx_coef:g} without ptx_data: give texts or demonstrations (ptx_data=starter), or leave it out"
+            )
 
 
 @dataclass(kw_only=True)

@@ -1,28 +1,37 @@
 """Run a recipe file's stages in order: data, SFT, reward model, judge, PPO, report.
 
 Stages talk through the run directory only. `stages.json` there remembers what each finished stage was made from (its
-options, the data files, the adapters before it); a stage that would be made from the same again is skipped, one that was
-interrupted is not in the file and starts over. Nothing is printed here: lines for the user go through `say`.
+options, the data files, the adapters before it); a stage that would be made from the same again is skipped. One that was
+interrupted is not in the file: it starts over, or goes on from its last checkpoint (`resume`). Nothing is printed here: lines
+for the user go through `say`.
+
+Started by a launcher as several processes, all of them train. The main one alone reports and writes; the others wait for its
+files between the stages and are done when PPO is.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from .config import SECTIONS, STAGES, DataOptions, Loop
-from .data.records import as_groups, data_hash, opening, read_records, split_by_prompt, write_records
+from .data.records import as_groups, data_hash, opening, read_ptx, read_records, split_by_prompt, write_records
 from .errors import BadRecords, InstructLiteError
 from .models.manifest import NAME as MANIFEST
 from .models.manifest import Adapter, is_adapter, sha256_file
+from .training.interrupt import NAMES, Interrupted, Interruption
+from .training.work import is_main_process, launched, locked, write_text
 
 if TYPE_CHECKING:
     from .evaluation.report import Report
@@ -54,51 +63,75 @@ class LoopRun:
 
 
 def run_loop(
-    loop: Loop, output_dir: str | os.PathLike, *, only: str | None = None, isolate: bool = False, say: Say = lambda line: None
+    loop: Loop,
+    output_dir: str | os.PathLike,
+    *,
+    only: str | None = None,
+    isolate: bool = False,
+    resume: bool = False,
+    say: Say = lambda line: None,
 ) -> LoopRun:
     """Run the loop into `output_dir`, skipping what is done.
 
     only: run this stage alone, again if it is done, on what the stages before it left there. isolate: each stage in a
-    process of its own, so that it starts with all of the memory (a script must then stand under `if __name__ == "__main__"`).
-    Raises InstructLiteError before anything is trained if a data file or a `training:` block has faults.
+    process of its own, so that it starts with all of the memory (a script must then stand under `if __name__ == "__main__"`;
+    not under a launcher, whose processes know each other).
+    resume: let a stage that was interrupted go on from its last checkpoint (see `Recipe.run`). Raises InstructLiteError
+    before anything is trained if a data file or a `training:` block has faults, and Interrupted after SIGTERM or Ctrl-C.
     """
     if only is not None and only not in STAGES:
         raise InstructLiteError(f"--only {only}: no such stage; stages: {', '.join(STAGES)}")
-    # Every `training:` block goes through its config class now, not when its stage begins, minutes or hours from here.
+    run = Path(output_dir)
+    # Every section goes through its recipe, and its `training:` block through its config class, now, not when its stage begins,
+    # minutes or hours from here.
     for stage in SECTIONS:
         if only in (None, stage):
+            recipe_class(stage)(**{**loop.options(stage), **stage_inputs(stage, loop, run)})
             recipe_class(stage).check_training(loop.options(stage).get("training", {}))
     if only in (None, "ppo") and loop.ppo.get("rewards"):
         from .training.rewards import check_functions
 
         check_functions(loop.ppo["rewards"])
-    run = Path(output_dir)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.yaml").write_text(yaml.safe_dump(loop.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    main = is_main_process()
+    with Interruption(f"run_loop(..., {str(output_dir)!r}, resume=True)") as interruption, locked(run) if main else nullcontext():
+        if main:
+            write_text(run / "recipe.yaml", yaml.safe_dump(loop.to_dict(), sort_keys=False, allow_unicode=True))
+        call = partial(in_own_process, interruption=interruption) if isolate and not launched() else in_this_process
+        return _run_stages(loop, run, only, resume, call, say if main else lambda line: None)
+
+
+def _run_stages(loop: Loop, run: Path, only: str | None, resume: bool, call: "Call", say: Say) -> LoopRun:
     ledger = Ledger(run / "stages.json")
-    call = in_own_process if isolate else in_this_process
     done: list[StageRun] = []
     report = None
     # 1. Data: read and split again each time, which takes seconds and is how a changed file is noticed
     if only in (None, "data") or not (run / "data" / "data.json").is_file():
         with ledger.running("data", made_from="sources"):
-            say(f"data: {prepare_data(loop.data, run / 'data')}")
+            say(f"data: {prepare_data(loop.data, run / 'data', loop.ppo.get('ptx_data'))}")
         done.append(ledger.stage_run("data", run / "data", skipped=False))
+    if launched():
+        from .training.recipe import wait_for_all_processes
+
+        wait_for_all_processes()
     # 2. SFT  3. Reward model  4. Judge  5. PPO
     for stage in SECTIONS:
         if only in (None, stage):
-            done.append(_train(stage, loop, run, ledger, call, again=only is not None, say=say))
+            done.append(_train(stage, loop, run, ledger, call, again=only is not None, resume=resume, say=say))
     # 6. Report
-    if only in (None, "report"):
+    if only in (None, "report") and is_main_process():
         stage_run, report = _report(loop, run, ledger, call, again=only is not None, say=say)
         done.append(stage_run)
     return LoopRun(run, done, report)
 
 
-def prepare_data(options: DataOptions, directory: Path) -> str:
+def prepare_data(options: DataOptions, directory: Path, ptx: str | list[str] | None = None) -> str:
     """Read, split and write the run's records as JSONL, with `data.json` (rows and hashes of each file); returns a summary.
 
-    Raises BadRecords with the faults of all sources together.
+    ptx: where PPO-ptx has its texts from; "demonstrations" are those that SFT trains on.
+
+    Of several processes each reads, so that faults stop them all, and the main one writes. Raises BadRecords with the faults of
+    all sources together.
     """
     sources: dict[str, tuple[Any, str | None]] = {
         "demonstrations": (options.demonstrations, "demonstrations"),
@@ -108,6 +141,7 @@ def prepare_data(options: DataOptions, directory: Path) -> str:
         "heldout_demonstrations": (_file(options.heldout_demonstrations), "demonstrations"),
         "judge": (_file(options.judge), None),
         "heldout": (_file(options.heldout), None),
+        "ptx": (None if ptx == "demonstrations" else ptx, None),
     }
     rows = _read_all({name: source for name, source in sources.items() if source[0] is not None})
     heldout_demonstrations = {"heldout_demonstrations": options.heldout_demonstrations}
@@ -127,14 +161,23 @@ def prepare_data(options: DataOptions, directory: Path) -> str:
     for name in ("prompts", "heldout_prompts"):
         if not parts[name]:
             raise InstructLiteError(f"data.prompt_characters={options.prompt_characters} leaves no {name}; raise it")
-    for name in FILES:
-        write_records(directory / f"{name}.jsonl", parts[name])
-    counts = {name: {"rows": len(parts[name]), "sha256": data_hash(parts[name])} for name in FILES}
-    (directory / "data.json").write_text(json.dumps({"options": asdict(options), "files": counts}, indent=2) + "\n", encoding="utf-8")
-    return ", ".join(f"{len(parts[name])} {name.replace('_', ' ')}" for name in FILES)
+    if ptx == "demonstrations":
+        parts["ptx"] = parts["demonstrations"]
+    names = [*FILES, *(["ptx"] if ptx is not None else [])]
+    if is_main_process():
+        _write_data(options, directory, {name: parts[name] for name in names})
+    return ", ".join(f"{len(parts[name])} {name.replace('_', ' ')}" for name in names)
 
 
 FILES = ("demonstrations", "heldout_demonstrations", "reward", "judge", "heldout", "prompts", "heldout_prompts")
+
+
+def _write_data(options: DataOptions, directory: Path, parts: dict[str, list[dict]]) -> None:
+    (directory / "data.json").unlink(missing_ok=True)  # until all files are written: half of them are none
+    for name, rows in parts.items():
+        write_records(directory / f"{name}.jsonl", rows)
+    counts = {name: {"rows": len(rows), "sha256": data_hash(rows)} for name, rows in parts.items()}
+    (directory / "data.json").write_text(json.dumps({"options": asdict(options), "files": counts}, indent=2) + "\n", encoding="utf-8")
 
 
 def _file(part: int | float | str) -> str | None:
@@ -145,7 +188,7 @@ def _read_all(sources: Mapping[str, tuple[Any, str | None]]) -> dict[str, list[d
     rows, problems = {}, []
     for name, (source, kind) in sources.items():
         try:
-            rows[name] = read_records(source, kind)
+            rows[name] = read_ptx(source) if name == "ptx" else read_records(source, kind)
         except BadRecords as error:
             problems += error.problems
     if problems:
@@ -193,7 +236,9 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
     if stage == "sft":
         return {"model": loop.model, "data": data / "demonstrations.jsonl", "eval_data": data / "heldout_demonstrations.jsonl"}
     if stage == "ppo":
-        return {"model": run / "sft", "reward": run / "reward", "data": data / "prompts.jsonl"}
+        texts = {} if loop.ppo.get("ptx_data") is None else {"ptx_data": data / "ptx.jsonl"}
+        watch = {"watch_reward": run / "judge"} if loop.ppo.get("watch_reward") == "judge" else {}
+        return {"model": run / "sft", "reward": run / "reward", "data": data / "prompts.jsonl", **texts, **watch}
     if stage == "report":
         adapters = {name: run / name for name in ("sft", "ppo", "judge", "reward")}
         return {**adapters, "data": data / "heldout_prompts.jsonl", "heldout_demonstrations": data / "heldout_demonstrations.jsonl"}
@@ -205,7 +250,7 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
     }
 
 
-def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: bool, say: Say) -> StageRun:
+def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: bool, resume: bool, say: Say) -> StageRun:
     path, inputs, options = run / stage, stage_inputs(stage, loop, run), loop.options(stage)
     made_from = _made_from(stage, inputs, {**options, "lora": asdict(options["lora"])})
     if not again and is_adapter(path) and ledger.has(stage, made_from):
@@ -213,7 +258,7 @@ def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", call: "Call", *,
         return ledger.stage_run(stage, path, skipped=True)
     say(f"{stage}: training")
     with ledger.running(stage, made_from) as peak:
-        adapter, memory = call(_run_recipe, stage, {**inputs, **options}, path)
+        adapter, memory = call(_run_recipe, stage, {**options, **inputs}, path, resume)
         peak |= memory
     stage_run = ledger.stage_run(stage, path, skipped=False)
     say(f"{stage}: done in {stage_run.seconds:.0f} s{_came_of_it(stage, adapter.metrics)}")
@@ -236,8 +281,8 @@ def _came_of_it(stage: str, metrics: Mapping[str, Any]) -> str:
     return ""
 
 
-def _run_recipe(stage: str, options: dict[str, Any], path: Path) -> Adapter:
-    return recipe_class(stage)(**options).run(path)
+def _run_recipe(stage: str, options: dict[str, Any], path: Path, resume: bool) -> Adapter:
+    return recipe_class(stage)(**options).run(path, resume=resume)
 
 
 def _evaluate(run: Path, inputs: dict[str, Any], options: dict[str, Any]) -> "Report":
@@ -280,45 +325,62 @@ Call = Callable[..., tuple[Any, dict[str, float]]]
 
 
 def in_this_process(function: Callable, *arguments: Any) -> tuple[Any, dict[str, float]]:
+    from accelerate.utils.memory import clear_device_cache
+
     from .training.recipe import peak_memory
 
-    return function(*arguments), peak_memory()
+    result = function(*arguments)
+    clear_device_cache(garbage_collection=True)  # trainers stand in circles, and would keep their base through the next stage
+    return result, peak_memory()
 
 
-def in_own_process(function: Callable, *arguments: Any) -> tuple[Any, dict[str, float]]:
+def in_own_process(function: Callable, *arguments: Any, interruption: Interruption | None = None) -> tuple[Any, dict[str, float]]:
     """As `in_this_process`, but what the function held is the system's again afterwards: the allocator keeps much of it.
 
-    Where there is a fork server the heavy libraries are imported once, in it. An InstructLiteError there is raised here.
+    Where there is a fork server the heavy libraries are imported once, in it. An InstructLiteError there is raised here;
+    a signal here is passed on, and Interrupted raised when the process has ended.
     """
     own = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(own)
     context.set_forkserver_preload([f"instructlite.{name}" for name in ("training.ppo", "training.reward", "evaluation.compare")])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
-    process.start()
-    sender.close()
-    try:
-        result, peak, error = receiver.recv()
-    except EOFError:
+    with interruption.passed_on_to(process) if interruption else nullcontext():
+        process.start()
+        sender.close()
+        try:
+            result, peak, error = receiver.recv()
+        except EOFError:
+            result, peak, error = None, {}, None
         process.join()
-        raise InstructLiteError(f"the stage's process ended with exit code {process.exitcode}; what it printed last says why") from None
-    except KeyboardInterrupt:
-        process.join()  # it was interrupted too, and cleans up behind itself
-        raise
-    process.join()
     if error is not None:
         raise InstructLiteError(error)
+    if stopped := ENDED_BY.get(process.exitcode) or (interruption and interruption.received):
+        raise Interrupted(stopped)
+    if process.exitcode:
+        raise InstructLiteError(f"the stage's process ended with exit code {process.exitcode}; what it printed last says why")
     return result, peak
 
 
-def _answer(sender: Any, function: Callable, arguments: tuple) -> None:
-    from .training.recipe import quiet_libraries
+ENDED_BY = {128 + number: number for number in NAMES} | {-number: number for number in NAMES}
 
-    quiet_libraries()
-    try:
-        sender.send((*in_this_process(function, *arguments), None))
-    except InstructLiteError as error:
-        sender.send((None, {}, str(error)))
+
+def _answer(sender: Any, function: Callable, arguments: tuple) -> None:
+    with Interruption(None):
+        from .training.recipe import quiet_libraries
+
+        quiet_libraries()
+        threading.Thread(target=_stop_with_parent, daemon=True).start()
+        try:
+            sender.send((*in_this_process(function, *arguments), None))
+        except InstructLiteError as error:
+            sender.send((None, {}, str(error)))
+
+
+def _stop_with_parent() -> None:
+    """A stage whose loop was killed saves and ends, too: nobody waits for it, and the loop that goes on needs its directory."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Ledger:
@@ -350,6 +412,5 @@ class Ledger:
         self._write()
 
     def _write(self) -> None:
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps(self.entries, indent=2) + "\n", encoding="utf-8")
-        draft.replace(self.path)
+        if is_main_process():
+            write_text(self.path, json.dumps(self.entries, indent=2) + "\n")

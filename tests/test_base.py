@@ -1,6 +1,8 @@
 """Loading a base: pad token, chat template, control tokens in user text, fingerprints, quantization."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from instructlite.config import BaseOptions, Lora
 from instructlite.errors import InstructLiteError
+from instructlite.models import base as base_module
 from instructlite.models.base import base_of, encode_prompt, fingerprint, load_base, lora_config
+from instructlite.models.manifest import sha256_file
 
 CONTROL = set(range(len(SPECIAL)))
 
@@ -109,3 +113,23 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path):
     with pytest.raises(InstructLiteError, match="neither a directory here nor to be had from the Hub") as error:
         base_of("no-such/model-anywhere", BaseOptions())
     assert "\n" not in str(error.value)
+
+
+def test_processes_that_want_the_embedded_model_at_once_convert_it_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("INSTRUCTLITE_CACHE", str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"weights")
+    monkeypatch.setattr(base_module, "_GGUF_SHA256", sha256_file(tmp_path / "model.gguf"))
+    monkeypatch.setattr(base_module, "require", lambda *names: None)
+    written = []
+
+    def write(gguf, cache, target):
+        written.append(target)
+        time.sleep(0.1)
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"converted")
+        (target / "weights.sha256").write_text(sha256_file(target / "model.safetensors"))
+
+    monkeypatch.setattr(base_module, "_write_embedded", write)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(base_module._convert_embedded, [tmp_path / "model.gguf"] * 2))
+    assert found == [written[0]] * 2 and len(written) == 1

@@ -1,7 +1,10 @@
 """The verbs: what they print, where, and with which exit code."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +32,7 @@ def loops(monkeypatch):
     """Stands in for run_loop: notes what it was asked for and claims to have made a report."""
     seen = []
 
-    def run_loop(loop, output, *, only, isolate, say):
+    def run_loop(loop, output, *, only, isolate, resume, say):
         assert isolate
         seen.append((loop, output, only))
         say("sft: training")
@@ -81,6 +84,25 @@ def test_run_lays_options_over_the_recipe(run_cli, loops, tmp_path):
     assert (loop.ppo["kl_coef"], loop.seed, output, only) == (0.1, 4, tmp_path, "ppo")
     run_cli("run", recipes()["smollm2-135m"])
     assert loops[1][1] == Path("runs/smollm2-135m")
+
+
+def test_a_signal_ends_with_its_code_and_the_command_that_goes_on(run_cli, monkeypatch, tmp_path):
+    resumed = []
+
+    def run_loop(loop, output, *, resume, **options):
+        resumed.append(resume)
+        os.kill(os.getpid(), signal.SIGTERM if resume else signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr("instructlite.pipeline.run_loop", run_loop)
+    result = run_cli("run", "smollm2-135m", "data.comparisons=my pairs.jsonl", "--output", tmp_path, "--debug")
+    command = f"instructlite run smollm2-135m 'data.comparisons=my pairs.jsonl' --output {tmp_path} --resume"
+    assert (result.code, result.err) == (130, f"go on with: {command}\n")
+    result = run_cli("demo", "--resume", "--output", tmp_path)
+    assert (result.code, result.err) == (143, f"go on with: instructlite demo --resume --output {tmp_path}\n")
+    assert resumed == [False, True]
+    (tmp_path / "recipe.yaml").write_text("model: m\n")
+    assert run_cli("evaluate", tmp_path).err == f"go on with: instructlite evaluate {tmp_path}\n"
 
 
 def test_evaluate_of_a_run_writes_its_report_anew(run_cli, loops, tmp_path):

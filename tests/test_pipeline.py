@@ -15,6 +15,7 @@ from instructlite.data.records import read_records, write_records
 from instructlite.errors import BadRecords, InstructLiteError
 from instructlite.models.manifest import Adapter
 from instructlite.pipeline import in_own_process, prepare_data, run_loop
+from instructlite.training.work import locked
 
 
 def opening(record: dict) -> str:
@@ -122,7 +123,7 @@ def test_parts_that_leave_nothing_are_refused(files, tmp_path):
 @pytest.fixture
 def stood_in(files, tmp_path, monkeypatch):
     """A loop whose recipes and evaluation only note what they were given; `calls` holds that, `fails` names stages that break."""
-    state = SimpleNamespace(calls=[], fails=set(), run=tmp_path / "run", said=[])
+    state = SimpleNamespace(calls=[], resumed=[], fails=set(), run=tmp_path / "run", said=[])
 
     class Recipe:
         def __init__(self, **arguments):
@@ -133,7 +134,8 @@ def stood_in(files, tmp_path, monkeypatch):
             if "max_step" in training:
                 raise InstructLiteError("training.max_step: no such option")
 
-        def run(self, path):
+        def run(self, path, resume):
+            state.resumed.append((path.name, resume))
             state.calls.append((path.name, self.arguments))
             if path.name in state.fails:
                 raise KeyboardInterrupt
@@ -166,10 +168,11 @@ def stood_in(files, tmp_path, monkeypatch):
     def loop(*overrides):
         return load_loop(recipe, overrides)
 
-    def go(*overrides, only=None):
+    def go(*overrides, only=None, resume=False):
         state.calls.clear()
+        state.resumed.clear()
         state.said.clear()
-        result = run_loop(loop(*overrides), state.run, only=only, say=state.said.append)
+        result = run_loop(loop(*overrides), state.run, only=only, resume=resume, say=state.said.append)
         return result, [name for name, _ in state.calls]
 
     monkeypatch.setattr(pipeline, "recipe_class", lambda stage: Recipe)
@@ -201,6 +204,13 @@ def test_stages_run_in_order_each_on_what_came_before(stood_in):
     assert result.report == "the report"
     assert sum("accuracy 0.70 [0.60, 0.80] on 9 held-out pairs (the longer answer wins in 0.50)" in line for line in stood_in.said) >= 2
     assert all(stage.seconds >= 0 and stage.peak_rss_mb > 0 for stage in result.stages[1:])
+
+
+def test_the_judge_watches_ppo_where_that_is_asked_for(stood_in):
+    stood_in.go()
+    assert "watch_reward" not in dict(stood_in.calls)["ppo"]
+    _, ran = stood_in.go("ppo.watch_reward=judge")
+    assert ran == ["ppo", "report"] and dict(stood_in.calls)["ppo"]["watch_reward"] == stood_in.run / "judge"
 
 
 def test_what_is_done_is_kept(stood_in):
@@ -242,6 +252,31 @@ def test_an_interrupted_stage_starts_over_and_the_finished_ones_do_not(stood_in)
     assert stood_in.go()[1] == ["judge", "ppo", "report"]
 
 
+def test_resume_goes_to_the_stages_that_are_not_done(stood_in):
+    stood_in.fails = {"judge"}
+    with pytest.raises(KeyboardInterrupt):
+        stood_in.go()
+    assert stood_in.resumed == [("sft", False), ("reward", False), ("judge", False)]
+    stood_in.fails = set()
+    stood_in.go(resume=True)
+    assert stood_in.resumed == [("judge", True), ("ppo", True)]
+
+
+def test_a_second_loop_in_the_same_directory_is_refused(stood_in):
+    stood_in.run.mkdir()
+    with locked(stood_in.run), pytest.raises(InstructLiteError, match="is at work there"):
+        stood_in.go()
+    assert not list(stood_in.run.iterdir())
+
+
+def test_data_of_which_only_a_part_was_written_is_none(files, tmp_path, monkeypatch):
+    prepare_data(options(files), tmp_path / "data")
+    monkeypatch.setattr(pipeline, "write_records", lambda path, rows: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data(options(files), tmp_path / "data")
+    assert not (tmp_path / "data" / "data.json").exists()
+
+
 def test_a_stage_interrupted_while_it_was_done_again_is_not_taken_for_done(stood_in):
     stood_in.go()
     stood_in.fails = {"ppo"}
@@ -262,6 +297,39 @@ def test_only_says_which_stage_is_missing_before_it(stood_in):
         stood_in.go(only="ppo")
     with pytest.raises(InstructLiteError, match="--only pop: no such stage; stages: data, sft"):
         stood_in.go(only="pop")
+
+
+def test_the_texts_of_ptx_are_data_of_the_run(stood_in, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    write_records(texts, [{"text": "once upon a time"}])
+    result, _ = stood_in.go(f"ppo.ptx_data={texts}")
+    assert dict(stood_in.calls)["ppo"]["ptx_data"] == stood_in.run / "data" / "ptx.jsonl"
+    assert read_records(stood_in.run / "data" / "ptx.jsonl") == [{"text": "once upon a time"}]
+    assert stood_in.go(f"ppo.ptx_data={texts}")[1] == []
+    write_records(texts, [{"text": "and then"}])
+    assert stood_in.go(f"ppo.ptx_data={texts}")[1] == ["ppo", "report"]
+    stood_in.go("ppo.ptx_data=demonstrations")
+    data = parts(stood_in.run / "data")
+    assert data["ptx"] == data["demonstrations"]
+    stood_in.go("ppo.ptx_data=starter")
+    assert len(read_records(stood_in.run / "data" / "ptx.jsonl", "texts")) > 100
+    assert "ptx_data" not in dict(stood_in.go()[0] and stood_in.calls)["ppo"]
+
+
+def test_what_is_no_text_for_ptx_stops_before_the_first_stage(stood_in, files):
+    with pytest.raises(InstructLiteError, match="ptx_data: texts or demonstrations are wanted, and one row has the keys prompt, chosen"):
+        stood_in.go(f"ppo.ptx_data={files.comparisons}")
+    assert not stood_in.calls
+
+
+def test_a_fault_in_the_options_of_the_last_stage_stops_before_the_first(stood_in, monkeypatch):
+    from instructlite.training.ppo import PPORecipe
+
+    own = pipeline.recipe_class
+    monkeypatch.setattr(pipeline, "recipe_class", lambda stage: PPORecipe if stage == "ppo" else own(stage))
+    with pytest.raises(InstructLiteError, match="ptx_coef=0.2 without ptx_data"):
+        stood_in.go("ppo.ptx_coef=0.2")
+    assert not stood_in.calls
 
 
 def test_a_misspelt_training_option_of_the_last_stage_stops_before_the_first(stood_in):

@@ -1,6 +1,7 @@
 """The loop SFT -> reward model -> PPO through the recipes, on the tiny model, plain and quantized."""
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -110,6 +111,24 @@ def test_the_same_seed_gives_the_same_adapters(tiny_path, tmp_path, run):
     adapters, quantization = run
     again = loop(tiny_path, tmp_path, quantization=quantization)
     assert {name: adapter.sha256 for name, adapter in again.items()} == {name: adapter.sha256 for name, adapter in adapters.items()}
+
+
+def test_ptx_is_on_where_there_are_texts_for_it(run, tmp_path):
+    adapters, quantization = run
+    if quantization != "none":
+        pytest.skip("one kind is enough")
+    options = dict(model=adapters["sft"], reward=adapters["reward"], data=PROMPTS, seed=1)
+    texts = [{"text": f"once upon a time there was a {word}"} for word in ("king", "queen", "cat", "mouse")]
+    training = PPO | {"max_steps": 4}
+    plain = PPORecipe(**options, training=training).run(tmp_path / "plain")
+    ptx = PPORecipe(**options, training=training, ptx_data=texts).run(tmp_path / "ptx")
+    strong = PPORecipe(**options, training=training, ptx_data=texts, ptx_coef=1.0).run(tmp_path / "strong")
+    losses = [json.loads((adapter.path / "metrics.jsonl").read_text().splitlines()[3]).get("ptx/loss") for adapter in (plain, ptx, strong)]
+    assert losses[0] is None and losses[1] > losses[2], "the stronger, the likelier the texts"
+    written = json.loads((ptx.path / "run.json").read_text())
+    assert written["config"]["training"]["ptx_coef"] == 0.1 and written["data"]["ptx"]["rows"] == 4
+    with pytest.raises(InstructLiteError, match="ptx_coef=0.5 without ptx_data"):
+        PPORecipe(**options, ptx_coef=0.5)
 
 
 def test_a_policy_in_place_of_the_reward_model_is_refused(run, tmp_path):

@@ -1,4 +1,4 @@
-"""PPOTrainer: invariances, exactness and learning (T-4 to T-6, T-8 to T-11, T-13, T-14, T-16, T-23 of the PPO design)."""
+"""PPOTrainer: invariances, exactness and learning (T-4 to T-6, T-8 to T-14, T-16, T-18, T-21, T-23, T-24 of the PPO design)."""
 
 import hashlib
 import math
@@ -67,7 +67,7 @@ def trainer_of(model: RoleModel, args: PPOConfig, **options) -> PPOTrainer:
 
 
 def digest(tensors) -> str:
-    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def collected(model: RoleModel, tmp_path, rows: int = 6, **changes) -> tuple[PPOTrainer, rollout.Rollout]:
@@ -86,7 +86,7 @@ def collected(model: RoleModel, tmp_path, rows: int = 6, **changes) -> tuple[PPO
 
 
 def padded(batch: rollout.Rollout, left: int, right: int) -> ResponseBatch:
-    grow = lambda x, l, r: torch.nn.functional.pad(x, (l, r))  # noqa: E731
+    grow = lambda x, *sides: torch.nn.functional.pad(x, sides)  # noqa: E731
     return ResponseBatch(grow(batch.input_ids, left, right), grow(batch.attention_mask, left, right), grow(batch.mask, 0, right))
 
 
@@ -198,6 +198,20 @@ def test_t8_reference_reward_and_base_are_unchanged_by_ppo(quantization, tiny_pa
     assert first["objective/kl"] == 0 and first["objective/kl_k3"] == 0
     last = [log for log in trainer.state.log_history if "objective/kl" in log][-1]
     assert last["objective/kl_k3"] > 0
+    assert digest(frozen) == before and digest(model.role_parameters("policy")) != policy
+
+
+@pytest.mark.slow
+def test_t8_a_cycle_on_the_embedded_model_in_nf4_leaves_its_bytes(tmp_path):
+    model = roles(load_base("smollm2-135m", quantization="nf4", chat_template="chatml"), top_layers=10)
+    trained = {id(p) for role in ("policy", "value") for p in model.role_parameters(role)}
+    frozen = [p for p in model.parameters() if id(p) not in trained]
+    assert sum(p.dtype == torch.uint8 for p in frozen) == 7 * 30
+    before, policy = digest(frozen), digest(model.role_parameters("policy"))
+    trainer = trainer_of(model, config(tmp_path, max_steps=4, padding_free=True))
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "objective/kl" in log]
+    assert logs[0]["objective/kl"] == 0 and logs[0]["rollout/logp_mismatch_mean"] < 0.05
     assert digest(frozen) == before and digest(model.role_parameters("policy")) != policy
 
 
@@ -426,11 +440,12 @@ def test_the_missing_eos_penalty_is_taken_from_responses_that_did_not_stop(tiny_
     assert_close(log["objective/score"], -1.5 * log["rollout/eos_missing_frac"])
 
 
-def test_evaluating_between_steps_changes_no_weight(tiny_path, tmp_path):
+def test_t18_evaluating_and_logging_between_steps_changes_no_weight(tiny_path, tmp_path):
     results = []
     for strategy in ("no", "steps"):
         model = roles(load_base(tiny_path, dtype="float32", chat_template="chatml"))
-        args = config(tmp_path, eval_strategy=strategy, eval_steps=1, eval_on_start=strategy == "steps")
+        often = strategy == "steps"
+        args = config(tmp_path, eval_strategy=strategy, eval_steps=1, eval_on_start=often, logging_steps=1 if often else 3)
         trainer = trainer_of(model, args, eval_dataset=PROMPTS[:5], reward_model=share_of_vowels)
         trainer.train()
         results.append(digest(model.role_parameters("policy") + model.role_parameters("value")))
@@ -474,8 +489,8 @@ def bandit(seed: int, tmp_path, kl_coef: float = 0.02, source: Callable | None =
         return good.sum(1) / batch.mask.sum(1)
 
     args = config(
-        tmp_path, per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=4, response_length=8, kl_coef=kl_coef, learning_rate=1e-2,
-        max_steps=-1, num_train_epochs=1, seed=seed, max_grad_norm=1.0, score_normalization="none",
+        tmp_path, per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=4, response_length=8, kl_coef=kl_coef,
+        learning_rate=1e-2, max_steps=-1, num_train_epochs=1, seed=seed, max_grad_norm=1.0, score_normalization="none",
     )  # fmt: skip
     trainer = trainer_of(model, args, prompts=prompts, reward_model=source or share)
     trainer.train()

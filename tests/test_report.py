@@ -52,6 +52,7 @@ def report(sampled=SAMPLED, greedy=GREEDY, sharpening=SHARPENING, text="An answe
         sharpening=sharpening,
         samples=[{"prompt": 0, "sample": 0, "why": "loss"}],
         seconds={"load": 1.5},
+        training=[],
         answers=[{"prompt": [{"role": "user", "content": prompt}], "answers": [answer | {"candidate": name} for name in names]}],
     )
     return Report(**(values | changes))
@@ -205,3 +206,14 @@ def test_saved_json_holds_what_it_must_and_no_number_that_is_none(tmp_path):
     answers = [json.loads(line) for line in (tmp_path / "deep" / "report" / "answers.jsonl").read_text().splitlines()]
     assert answers == found.answers
     assert (tmp_path / "deep" / "report" / "report.md").read_text() == found.to_markdown()
+
+
+def test_the_course_of_ppo_is_drawn_with_its_warnings():
+    curves = {"objective/score": [0.0, 0.5, 1.0], "rollout/score_length_corr": [0.1, 0.1]}
+    course = {"candidate": "ppo", "cycles": 3, "curves": curves, "health": {"kl_stop": "kl_stop in cycle 2: <b>"}}
+    text = report(training=[course]).to_markdown()
+    assert "## The training of ppo" in text and "| over 3 rollouts | first | last | course |" in text
+    assert "| 0.000 | 1.000 | ▁▅█ |" in text and "▄▄" in text
+    assert "kl\\_stop in cycle 2: &lt;b&gt;" in text
+    assert "No health check had anything to say." in report(training=[course | {"health": {}}]).to_markdown()
+    assert "The training of" not in report().to_markdown()

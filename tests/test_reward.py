@@ -285,7 +285,8 @@ def test_batches_hold_groups_of_similar_length(tiny_path, tmp_path, trainers):
 def test_the_collator_pads_right_and_numbers_the_groups():
     rows = [{"responses_ids": [[5, 6], [7]], "ranks": [0.0, 1.0]}, {"responses_ids": [[8, 9, 4], [3], [2]], "ranks": [1.0, 0.0, 1.0]}]
     batch = Collator(pad_id=1)(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 1, 1], [8, 9, 4], [3, 1, 1], [2, 1, 1]]
+    assert batch["input_ids"][:, :3].tolist() == [[5, 6, 1], [7, 1, 1], [8, 9, 4], [3, 1, 1], [2, 1, 1]]
+    assert batch["input_ids"].shape == (5, 8) and (batch["input_ids"][:, 3:] == 1).all()
     assert batch["attention_mask"].sum(1).tolist() == [2, 1, 3, 1, 1]
     assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
     assert batch["ranks"].tolist() == [0, 1, 1, 0, 1]

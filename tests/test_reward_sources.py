@@ -24,7 +24,7 @@ from instructlite.models.manifest import Adapter
 from instructlite.models.roles import RoleModel
 from instructlite.pipeline import prepare_data, run_loop
 from instructlite.training.ppo_trainer import PPOTrainer
-from instructlite.training.recipe import Recipe
+from instructlite.training.reward import RankingTrainer
 from instructlite.training.reward_sources import FunctionReward, RolloutReward, SeparateModelReward, load_function, source_of
 from instructlite.training.rewards import Objective, Rewards, ScoreScale, combine_scores, in_words, rewards_of
 from instructlite.training.rollout import Rollout
@@ -372,8 +372,9 @@ def test_objectives_are_weighed_after_each_was_normalised(tiny_path, tmp_path):
     assert raw[1].mean() > 50 > raw[0].mean(), "one of them lies far above the other"
     assert_close(batch.scores, 0.7 * z[0] + 0.3 * z[1], atol=1e-4, rtol=0)
     for name, scores in zip(("helpful", "harmless"), raw, strict=True):  # logged as they came, before weight and scale
-        assert trainer._metrics[f"rewards/{name}/mean"] == [pytest.approx(scores.mean().item(), rel=1e-5)]
-        assert trainer._metrics[f"rewards/{name}/std"] == [pytest.approx(scores.std(unbiased=False).item(), rel=1e-4)]
+        logged = trainer._metrics.means()
+        assert logged[f"rewards/{name}/mean"] == pytest.approx(scores.mean().item(), rel=1e-5)
+        assert logged[f"rewards/{name}/std"] == pytest.approx(scores.std(unbiased=False).item(), rel=1e-4)
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------------
@@ -637,21 +638,33 @@ def test_a_member_that_was_changed_is_refused(three, tmp_path):
 
 
 def test_an_ensemble_that_goes_on_keeps_the_members_that_are_done(three, tiny_path, tmp_path, monkeypatch):
+    seeds, kill = [], [7]
+    plain = RankingTrainer.train
+
+    def train(trainer, *args, **options):
+        seeds.append(trainer.args.seed)
+        if trainer.args.seed in kill:
+            raise KeyboardInterrupt
+        return plain(trainer, *args, **options)
+
+    monkeypatch.setattr(RankingTrainer, "train", train)
     target = tmp_path / "reward"
-    parts = tmp_path / "reward.members"
-    seeds = []
-    plain = Recipe.run
-    monkeypatch.setattr(Recipe, "run", lambda self, path, **options: seeds.append(self.seed) or plain(self, path))
-    for number, member in enumerate(three.members[:2]):
-        shutil.copytree(member.path, parts / f"member-{number}", ignore=shutil.ignore_patterns("member-*"))
-    run = json.loads((parts / "member-0" / "run.json").read_text())
-    run["config"]["ensemble"] = 1
-    (parts / "member-0" / "run.json").write_text(json.dumps(run))
+    with pytest.raises(KeyboardInterrupt):
+        reward_recipe(tiny_path, ensemble=3).run(target)
+    assert sorted(path.name for path in (tmp_path / "reward.partial" / "members").iterdir()) == ["member-0", "member-1"]
+    refused = {"head_learning_rate_scale +5.0 +2.0": {"head_learning_rate_scale": 2.0}, "data.comparisons": {"data": ROWS[:5]}}
+    for row, changes in (refused | {"ensemble +3 +1": {"ensemble": 1}}).items():
+        with pytest.raises(InstructLiteError, match=f"(?s)cannot be resumed.*\n  {row}"):
+            reward_recipe(tiny_path, **({"ensemble": 3} | changes)).run(target, resume=True)
+    seeds.clear()
+    kill.clear()
     again = reward_recipe(tiny_path, ensemble=3).run(target, resume=True)
     assert seeds == [7] and [member.sha256 for member in again.members] == [member.sha256 for member in three.members]
-    shutil.copytree(again.members[1].path, parts / "member-1")
+    assert [path.name for path in tmp_path.iterdir()] == ["reward"]
+    reward_recipe(tiny_path, ensemble=3).run(target, resume=True)
+    assert seeds == [7], "it is finished"
     reward_recipe(tiny_path, ensemble=2, data=ROWS[:5]).run(target, resume=True)
-    assert seeds == [7, 5, 6], "other data, another member"
+    assert seeds == [7, 5, 6], "other data, other members"
 
 
 def test_ppo_takes_an_ensemble_a_function_and_another_model_from_a_recipe(three, tiny_path, tmp_path, my_rewards, other_model):

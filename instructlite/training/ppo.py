@@ -3,10 +3,10 @@
 Thin on purpose: the roles are in models/roles.py, the algorithm in ppo_trainer.py, rollout.py and ppo_math.py.
 """
 
-import time
 from typing import Any
 
 from ..config import PPOOptions
+from ..data.records import read_ptx
 from ..errors import InstructLiteError
 from ..models.base import base_of, lora_config
 from ..models.roles import RoleModel
@@ -14,6 +14,8 @@ from .ppo_config import PPOConfig
 from .ppo_trainer import NO_VALUE_START, PPOTrainer
 from .recipe import Recipe, Run, parent_of
 from .rewards import in_words, rewards_of
+
+PTX_COEF = 0.1  # of a mean over tokens; InstructGPT's 27.8 multiplied a sum
 
 SHOWN = (
     "objective/score",
@@ -41,30 +43,39 @@ class PPORecipe(Recipe, PPOOptions):
             self.reward, extra=self.rewards, weights=self.reward_weights, combine=self.reward_combine, std_weight=self.reward_std_weight
         )
         prompts = run.records("prompts", self.data, "prompts")
+        texts = None if self.ptx_data is None else run.records("ptx", read_ptx(self.ptx_data))
         base = base_of(self.model, self)
-        config = self.trainer_config(run, base, kl_coef=self.kl_coef)
+        config = self.trainer_config(run, base, kl_coef=self.kl_coef, ptx_coef=self._ptx_coef())
+        parents = {role: adapter.sha256 for role, adapter in rewards.adapters.items()} | ({"sft": policy.sha256} if policy else {})
         start = policy or lora_config(self.lora, base.model, "CAUSAL_LM")
         if self.value_from == "reward" and rewards.value_start(config.score_normalization) is None:
             raise InstructLiteError(NO_VALUE_START)
+        checkpoint = run.begin(base, config, parents)
         model = RoleModel.for_ppo(base, start, rewards.adapters, value_from=self.value_from)
-        trainer = PPOTrainer(model, config, train_dataset=prompts, reward_model=rewards, watch_reward=self.watch_reward)
+        trainer = PPOTrainer(
+            model, config, train_dataset=prompts, ptx_dataset=texts, reward_model=rewards, watch_reward=self.watch_reward
+        )  # fmt: skip
         if trainer.prompts_left_out:
             out = trainer.prompts_left_out
             run.note(f"{out} of {len(prompts)} prompts have more than {config.max_prompt_length} tokens and are left out")
         trainer.health.say = run.note
         run.watch(trainer)
-        clock = time.perf_counter()
-        trainer.train()
-        run.metrics |= summary(trainer, time.perf_counter() - clock)
-        parents = {role: adapter.sha256 for role, adapter in rewards.adapters.items()} | ({"sft": policy.sha256} if policy else {})
+        trainer.train(resume_from_checkpoint=checkpoint)
+        run.metrics |= summary(trainer)
         model.save_role("policy", run.directory, parents=parents)
+
+    def _ptx_coef(self) -> float:
+        if self.ptx_coef is not None:
+            return self.ptx_coef
+        return 0.0 if self.ptx_data is None else PTX_COEF
 
     def resolved(self) -> dict[str, Any]:
         return super().resolved() | {"reward": in_words(self.reward), "rewards": in_words(self.rewards)}
 
 
-def summary(trainer: PPOTrainer, seconds: float) -> dict[str, Any]:
-    """What run.json says of a finished PPO training."""
+def summary(trainer: PPOTrainer) -> dict[str, Any]:
+    """What run.json says of a finished PPO training; of all of it, if it was resumed."""
+    seconds = trainer.state.log_history[-1]["train_runtime"]
     cycles = [log for log in trainer.state.log_history if "objective/score" in log]
     tail = cycles[-max(1, len(cycles) // 4) :]
     episodes = len(cycles) * trainer.args.rollout_batch_size

@@ -1,10 +1,18 @@
 """PPOConfig: TrainingArguments plus the options of PPO, and what follows from them about the shape of a cycle."""
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.utils import strtobool
 
 from ..errors import InstructLiteError
+
+DDP_ONLY = (
+    "{}: PPO runs in one process or under plain DDP (`accelerate launch --multi_gpu`), where each process holds the base with all of its "
+    "adapters; take it out of training and of accelerate's config, and if memory is short use quantization=nf4, gradient_checkpointing or "
+    "a smaller per_device_train_batch_size"
+)
 
 
 @dataclass
@@ -80,6 +88,9 @@ class PPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self) -> None:
+        self._refuse_sharding()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # one forward uses them all; looking for others costs a walk over the graph
         super().__post_init__()
         self.label_names = []
         self.remove_unused_columns = False
@@ -102,8 +113,13 @@ class PPOConfig(TrainingArguments):
                 raise InstructLiteError(
                     f"{option}: not supported in PPO (it would make sampled and scored distributions differ); remove it"
                 )
-        if self.deepspeed or self.fsdp:
-            raise InstructLiteError("PPO runs on one process or under DDP; remove deepspeed / fsdp")
+
+    def _refuse_sharding(self) -> None:
+        """Before Trainer looks for DeepSpeed, and before the stages in front of PPO have been trained."""
+        for name in ("fsdp", "deepspeed", "parallelism_config"):
+            launched = strtobool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false"))
+            if getattr(self, name) or launched:
+                raise InstructLiteError(DDP_ONLY.format(name if getattr(self, name) else f"accelerate's config has {name}"))
 
     @property
     def local_rollout_batch_size(self) -> int:

@@ -32,6 +32,7 @@ SHAPE = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini
 def save_ppo_state(trainer: PPOTrainer, directory: str | Path) -> None:
     """Called on every process; all but the rollout is written by the one that saves."""
     directory = Path(directory)
+    health = trainer.health.sums.everywhere()
     if trainer.rollout_is_live:
         _save_rollout(trainer.rollout, _rollout_file(directory, trainer))
     if not trainer.args.should_save:
@@ -50,7 +51,7 @@ def save_ppo_state(trainer: PPOTrainer, directory: str | Path) -> None:
         "shape": {name: getattr(trainer.args, name) for name in SHAPE},
         "prompts": trainer.prompts_sha256,
         "rollout": trainer.rollout_is_live,
-        "health": trainer.health.save(directory),
+        "health": trainer.health.save(directory) | {"sums": health},
         "frozen": {role: role_sha256(model, role) for role in trainer.frozen_roles},
     }
     (directory / NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -27,6 +27,8 @@ from ..models.base import base_of, encode_prompt
 from ..models.manifest import Adapter
 from ..models.roles import SLICEABLE, RoleModel
 from ..models.sampling import Sampling
+from .averages import Averages
+from .checkpoints import Checkpointing
 from .cycle import CycleSampler, generator, mix
 from .health import Health, HealthCallback
 from .ppo_config import PPOConfig
@@ -43,7 +45,7 @@ NO_VALUE_START = (
 )
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(Checkpointing, Trainer):
     """PPO of the role `policy` of a RoleModel against one or several sources of reward.
 
     model: the SFT adapter (directory or Adapter), or a RoleModel with the roles `policy`, `value` (with its head) and, for
@@ -135,7 +137,9 @@ class PPOTrainer(Trainer):
         self.rollout: Rollout | None = None
         self._micro_step: int | None = None  # derived from global_step at the first training_step, also after a resume
         self._cycle_start: tuple | None = None  # micro-step, KL coefficient, scales and health when the cycle began
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._step_tokens: Tensor | None = None  # of each optimiser step of the cycle, over all processes
+        self._step_kl = torch.zeros(2, dtype=torch.float64, device=args.device)  # nats and tokens of the optimiser step, here
+        self._metrics = Averages()
 
     @staticmethod
     def _check_roles(model: RoleModel, reward_roles: list[str]) -> None:
@@ -239,7 +243,7 @@ class PPOTrainer(Trainer):
     # --- one micro-step ----------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._micro_step, self.rollout = None, None
+        self._micro_step, self.rollout, self._step_tokens = None, None, None
         self.kl_coef, self.skip_cycle = self.args.kl_coef, None
         self._cycle_start = None
         self.health.restart()
@@ -249,16 +253,20 @@ class PPOTrainer(Trainer):
         if self._micro_step is None:
             self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
         cycle, phase = divmod(self._micro_step, self.micro_steps_per_cycle)
+        step, micro = divmod(phase, self.args.gradient_accumulation_steps)
         if phase == 0:
             self.rollout = self._collect(inputs, cycle)
+        if phase == 0 or self._step_tokens is None:
+            self._step_tokens = self._tokens_of_steps(cycle)
+        if micro == 0:
+            self._step_kl.zero_()
         self._skipping = self.skip_cycle == cycle
         if self._skipping:
             self._micro_step += 1
             return torch.zeros((), device=self.args.device)  # no backward: without gradients Adam moves nothing
         start = time.perf_counter()
-        rows, minibatch = self._rows_of(cycle, phase)
-        self._first_step = phase < self.args.gradient_accumulation_steps
-        self._tokens = self._minibatch_tokens(minibatch)
+        rows, _ = self._rows_of(cycle, phase)
+        self._first_step, self._tokens = step == 0, self._step_tokens[step]
         if self._ptx is not None:
             self._ptx_backward(model)
         # Trainer's own step moves its inputs to the device; a rollout is there already, so it travels on `self`.
@@ -267,24 +275,23 @@ class PPOTrainer(Trainer):
         self._micro_step += 1
         if self.args.target_kl is not None and self._micro_step % self.args.gradient_accumulation_steps == 0:
             self._stop_cycle_if_far(cycle)
-        self._metrics["rollout/time_train"].append(time.perf_counter() - start)
+        self._metrics.note("rollout/time_train", time.perf_counter() - start)
         return loss
 
     def _ptx_backward(self, model: torch.nn.Module) -> None:
         """The ptx gradient of this micro-step, before PPO's and without a reduction of its own (that comes with PPO's)."""
         model.train()
         with self.accelerator.no_sync(model):
-            loss, mean = self._ptx(self.unwrapped, self._micro_step)
+            loss, nats = self._ptx(self.unwrapped, self._micro_step)
             self.accelerator.backward(self.args.ptx_coef * loss * self.accelerator.num_processes)
-        self._metrics["ptx/loss"].append(mean)
+        self._metrics.note("ptx/loss", nats.mean().item(), len(nats))
 
     def _stop_cycle_if_far(self, cycle: int) -> None:
         """Skip what is left of the cycle once the policy is too far from the rollout's; all processes decide alike."""
-        noted = self._metrics["policy/approx_kl"][-self.args.gradient_accumulation_steps :]
-        total = self._reduce(torch.tensor([sum(noted), len(noted)], dtype=torch.float64))
-        if total[0] / total[1] > 1.5 * self.args.target_kl:
+        nats, tokens = self._reduce(self._step_kl)
+        if nats / tokens > 1.5 * self.args.target_kl:
             self.skip_cycle = cycle
-            self._metrics["policy/stopped_early"].append(1.0)
+            self._metrics.note("policy/stopped_early", 1.0)
 
     def _rows_of(self, cycle: int, phase: int) -> tuple[Tensor, Tensor]:
         """Rows of this micro-batch, and of the whole minibatch it belongs to."""
@@ -294,9 +301,11 @@ class PPOTrainer(Trainer):
         minibatch = order.split(b * accumulation)[k // accumulation]
         return minibatch.split(b)[k % accumulation], minibatch
 
-    def _minibatch_tokens(self, minibatch: Tensor) -> Tensor:
-        """Response tokens of the optimiser step over all processes: what its loss is divided by."""
-        return self._reduce(self.rollout.mask[minibatch.to(self.rollout.mask.device)].sum())
+    def _tokens_of_steps(self, cycle: int) -> Tensor:
+        """Response tokens of each optimiser step over all processes, (steps_per_cycle,): what its loss is divided by."""
+        lengths, accumulation = self.rollout.mask.sum(1), self.args.gradient_accumulation_steps
+        steps = (self._rows_of(cycle, step * accumulation)[1] for step in range(self.args.steps_per_cycle))
+        return self._reduce(torch.stack([lengths[minibatch.to(lengths.device)].sum() for minibatch in steps]))
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """Clipped policy and value losses of one micro-batch; the token mean is that of the whole optimiser step."""
@@ -311,7 +320,8 @@ class PPOTrainer(Trainer):
         value, value_clipped = value_losses(values, micro.values[mask], micro.returns[mask], args.cliprange_value)
         tokens = policy + args.vf_coef * value - args.entropy_coef * output["entropy"]
         loss = tokens.sum() / self._tokens * self.accelerator.num_processes  # DDP averages over processes
-        if not torch.isfinite(loss):
+        # With several processes all must stop alike, and they do: this loss makes the averaged gradient not finite on each.
+        if self.accelerator.num_processes == 1 and not torch.isfinite(loss):
             self.stop(f"the loss is {loss.item()}; nothing was updated. Lower learning_rate or check the reward")
         self._note_losses(logps.detach(), old, stored, output["entropy"], policy, policy_clipped, value, value_clipped)
         return loss
@@ -328,21 +338,23 @@ class PPOTrainer(Trainer):
         value: Tensor,
         value_clipped: Tensor,
     ) -> None:
-        ratio = torch.exp((logps - old).clamp(-20, 20))
+        ratio, kl = torch.exp((logps - old).clamp(-20, 20)), kl_estimators(old, logps)[1]
+        self._step_kl += torch.stack([kl.double().sum(), torch.tensor(len(kl), dtype=torch.float64, device=kl.device)])
         noted = {
-            "policy/loss": policy, "policy/clip_frac": policy_clipped.float(), "policy/approx_kl": kl_estimators(old, logps)[1],
-            "policy/ratio_mean": ratio, "policy/entropy": entropy, "value/loss": value, "value/clip_frac": value_clipped.float(),
+            "policy/loss": policy, "policy/clip_frac": policy_clipped.float(), "policy/approx_kl": kl, "policy/ratio_mean": ratio,
+            "policy/entropy": entropy, "value/loss": value, "value/clip_frac": value_clipped.float(),
         }  # fmt: skip
         for name, x in noted.items():
-            self._metrics[name].append(x.mean().item())
+            mean = x.mean().item()
+            self._metrics.note(name, mean, len(x))
             if not self._first_step:  # there nothing can have moved
-                self.health.note(name, self._metrics[name][-1])
-        self._metrics["policy/ratio_max"].append(ratio.max().item())
+                self.health.note(name, mean, len(x))
+        self._metrics.note("policy/ratio_max", ratio.max().item())
         if self._first_step:
             mismatch = torch.expm1(logps - stored).abs()
             for name, x in {"rollout/logp_mismatch": mismatch.max(), "rollout/logp_mismatch_mean": mismatch.mean()}.items():
-                self._metrics[name].append(x.item())
-                self.health.note(name, x.item())
+                self._metrics.note(name, x.item(), len(mismatch))
+                self.health.note(name, x.item(), len(mismatch))
 
     # --- one cycle ---------------------------------------------------------------------------------------------------
 
@@ -362,22 +374,26 @@ class PPOTrainer(Trainer):
         if args.kl_controller == "adaptive":  # after the rewards of this cycle were made with the coefficient before
             kl, episodes = metrics["objective/kl"], args.rollout_batch_size
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.target, args.horizon, episodes, args.kl_coef)
-        tokens = int(rollout.mask.sum())
+        tokens = metrics["rollout/length_mean"] * args.rollout_batch_size
         metrics |= seconds | {"rollout/tokens_per_s": tokens / seconds["rollout/time_generate"]}
         self.note(metrics)
         return rollout
 
     def _answer(self, rows: list[dict], seed: int) -> tuple[Rollout, dict[str, float]]:
+        found, fault = None, []
         try:
-            return collect(self.unwrapped, rows, self.rewards, self._options, seed=seed, trainer_state=self.state)
+            found = collect(self.unwrapped, rows, self.rewards, self._options, seed=seed, trainer_state=self.state)
         except InstructLiteError as error:  # a source failed: what was trained until here is worth a checkpoint
-            self.stop(str(error))
+            fault = [str(error)]
+        if faults := gather_object(fault):  # perhaps for the answers of one process only, but all stop together
+            self.stop(faults[0])
+        return found
 
     def _assign_advantages(self, rollout: Rollout) -> dict[str, float]:
         args = self.args
         metrics = assign_advantages(
             rollout, self.rewards, kl_coef=self.kl_coef, gamma=args.gamma, lam=args.lam, missing_eos_penalty=args.missing_eos_penalty,
-            whiten_rewards=args.whiten_rewards, reduce=self._reduce,
+            whiten_rewards=args.whiten_rewards, reduce=self._reduce, gather=gather_object,
         )  # fmt: skip
         if not torch.isfinite(rollout.advantages).all():
             self.stop("the advantages are not finite, though the scores are; nothing was updated. Lower learning_rate or use dtype float32")
@@ -415,7 +431,7 @@ class PPOTrainer(Trainer):
         norms = {}
         for role, parameters in self._groups().items():
             norms[role] = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
-            self._metrics[f"{role}/grad_norm"].append(float(norms[role]))
+            self._metrics.note(f"{role}/grad_norm", float(norms[role]))
             if not norms[role].isfinite():
                 self.stop(f"the gradient of the {role} is not finite; nothing was updated. Lower learning_rate or use dtype float32")
         if all(p.grad is None for p in self._groups()["value"]):  # 0 can be: every token clipped
@@ -430,7 +446,7 @@ class PPOTrainer(Trainer):
     def note(self, metrics: dict[str, float]) -> None:
         """Add to the next log, which has the mean of what was noted under a name since the one before."""
         for name, value in metrics.items():
-            self._metrics[name].append(value)
+            self._metrics.note(name, value)
 
     def stop(self, reason: str) -> NoReturn:
         """End the run with a reason; what was trained so far is a checkpoint then, as it was before this cycle or step."""
@@ -447,7 +463,7 @@ class PPOTrainer(Trainer):
         raise InstructLiteError(f"step {step}: {reason}. The state before it is saved: checkpoint-{step}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+        logs |= self._metrics.everywhere().means()
         self._metrics.clear()
         super().log(logs, start_time)
 
@@ -457,12 +473,12 @@ class PPOTrainer(Trainer):
         if rows is None:
             raise InstructLiteError("evaluate() needs an eval_dataset")
         rank, processes = self.args.process_index, self.args.world_size
-        # Every process takes as many rows, or they would wait for each other.
-        share = [rows[(i * processes + rank) % len(rows)] for i in range(-(-len(rows) // processes))]
+        if len(rows) < processes:
+            raise InstructLiteError(f"{len(rows)} evaluation prompts for {processes} processes: each needs one at least")
         # Before the first cycle scores have no scale yet; evaluating must not decide it, so they stay raw.
-        rollout, seconds = self._answer(share, mix(self.args.seed, rank, 3))
+        rollout, seconds = self._answer(rows[rank::processes], mix(self.args.seed, rank, 3))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in (self._assign_advantages(rollout) | seconds).items()}
-        waiting, self._metrics = self._metrics, defaultdict(list)  # training metrics stay for the next training log
+        waiting, self._metrics = self._metrics, Averages()  # training metrics stay for the next training log
         self.log(metrics)
         self._metrics = waiting
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

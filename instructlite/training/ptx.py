@@ -35,8 +35,8 @@ class PtxLoss:
     def rows_per_step(self) -> int:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def __call__(self, model: RoleModel, micro_step: int) -> tuple[Tensor, float]:
-        """The loss of one micro-step on this process, and its mean in nats a token for the log."""
+    def __call__(self, model: RoleModel, micro_step: int) -> tuple[Tensor, Tensor]:
+        """The loss of one micro-step on this process, and -log pi of each of its tokens (tokens,) for the log."""
         step, micro = divmod(micro_step, self.args.gradient_accumulation_steps)
         chosen = self._rows_of(step)
         tokens = sum(len(ids) - first for ids, first in chosen)
@@ -44,7 +44,7 @@ class PtxLoss:
         start = (micro * self.args.world_size + self.args.process_index) * b
         batch = self._batch(chosen[start : start + b])
         log_probs, _ = model.policy_pass(batch)
-        return -log_probs.sum() / tokens, -log_probs.detach().mean().item()
+        return -log_probs.sum() / tokens, -log_probs.detach()
 
     def _rows_of(self, step: int) -> list[tuple[list[int], int]]:
         """All rows of one optimiser step: every pass over the data in another order."""

@@ -1,8 +1,8 @@
 """Recipe: what the training stages share: seed, staging, run.json, progress, and the stop before a poisoned update.
 
-A run is written beside its output directory and renamed into place when it is complete, so what stands under the name is
-always a whole adapter: the old one or the new one. Nothing of the Trainer's own (optimizer, training_args.bin, which
-would carry a Hub token) gets into it. Not here: resuming an interrupted run.
+A run is written beside its output directory, in `<directory>.partial`, and renamed into place when it is complete, so what
+stands under the name is always a whole adapter: the old one or the new one. Nothing of the Trainer's own (optimizer,
+training_args.bin, which would carry a Hub token) gets into it. An interrupted run leaves its checkpoints in the work directory.
 """
 
 import difflib
@@ -10,9 +10,9 @@ import importlib.metadata
 import json
 import math
 import platform
-import secrets
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -26,6 +26,8 @@ from typing import Any, ClassVar
 import datasets
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,6 +40,26 @@ from ..errors import InstructLiteError
 from ..models.base import Base
 from ..models.manifest import NAME as MANIFEST
 from ..models.manifest import Adapter, is_adapter, write_manifest
+from .checkpoints import Checkpointing, bytes_of_a_checkpoint, full_disk_explained, newest_verified, step_of, sweep
+from .interrupt import Interrupted, Interruption
+from .work import (
+    CHECKPOINTS,
+    LOG,
+    MEMBERS,
+    RECORD,
+    cut_log,
+    flat,
+    forget,
+    is_main_process,
+    launched,
+    publish,
+    read_json,
+    refuse_differences,
+    work_directory,
+    working,
+    write_record,
+    write_text,
+)
 
 Advance = Callable[..., None]
 
@@ -46,6 +68,13 @@ REFUSED = {
     "hub_token": "set the environment variable HF_TOKEN instead (TrainingArguments would be written to disk with the token)",
     "push_to_hub": "push the finished directory instead",
 }
+# A resumed run may differ in these: they decide what is shown and stored, not what is learnt.
+HARMLESS = {
+    "disable_tqdm", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "report_to", "run_name",
+    "save_steps", "save_strategy", "save_total_limit",
+}  # fmt: skip
+SOURCES = {"model", "reward", "data", "eval_data", "demonstrations", "ptx_data"}  # compared by what they hold, not by where that is
+SAVING_SHARE = 0.01  # where the user has not said when to save: a kill costs about a hundred times what a save takes
 
 
 @dataclass
@@ -56,10 +85,20 @@ class Run:
     directory: Path
     """Becomes the output directory."""
     scratch: Path
-    """For the Trainer's own files; gone after the run."""
+    """The work directory, gone after the run: for the Trainer's own files, and what an interrupted run is resumed from."""
     config: dict[str, Any]
+    target: Path = Path()
+    """The output directory."""
+    resume: bool = False
+    interruption: Interruption | None = None
+    shown: ExitStack = field(default_factory=ExitStack)
+    """Closed at the end of the run, whatever that is."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    made_from: dict[str, Any] = field(default_factory=dict)
+    """All that decides what the adapter becomes: hashes of data, base and parents, options."""
+    resumed_after_step: int | None = None
+    saving_share: float | None = None
 
     def records(self, name: str, source: Any, kind: str | None = None) -> list[dict]:
         """Read records and note their number and hash in run.json under `name`."""
@@ -69,12 +108,76 @@ class Run:
 
     def note(self, text: str) -> None:
         """A line for the user that stops nothing."""
-        _console().print(f"{self.recipe}: {text}")
+        if is_main_process():
+            _console().print(f"{self.recipe}: {text}")
 
-    def watch(self, trainer: Trainer) -> None:
-        """Report progress, write metrics.jsonl, stop on non-finite gradients."""
+    def watch(self, trainer: Checkpointing) -> None:
+        """Report progress, write metrics.jsonl, stop on non-finite gradients and after signals."""
         trainer.remove_callback(PrinterCallback)  # what Trainer puts in place of its progress bar
         trainer.add_callback(Watch(self))
+        trainer.interruption, trainer.saving_share = self.interruption, self.saving_share
+
+    def begin(self, base: Base, args: TrainingArguments, parents: dict[str, str]) -> Path | None:
+        """Settle what the adapter is made from, once that is known; gives the checkpoint to go on from, or None.
+
+        parents: sha256 of adapters by role. Raises AlreadyMade if the output directory holds just this, and
+        InstructLiteError with a table if an interrupted run was made from something else.
+        """
+        self.made_from = flat({
+            "recipe": self.recipe,
+            "base": {"weights": base.fingerprint, "tokenizer": base.tokenizer_sha256, "template": base.template_sha256,
+                     "quantization": base.quantization, "dtype": base.dtype},
+            "parents": parents,
+            "data": {name: source["sha256"] for name, source in self.data.items()},
+            **{name: value for name, value in self.config.items() if name not in {*SOURCES, "training"}},
+            "training": {name: value for name, value in self.config["training"].items() if name not in HARMLESS},
+            "processes": args.world_size,
+        })  # fmt: skip
+        # The main process looks, all others do as it says.
+        answer = [self._settle(Path(args.output_dir)) if is_main_process() else None]
+        if args.world_size > 1:
+            broadcast_object_list(answer)
+        finished, checkpoint, self.metrics = answer[0]
+        if finished:
+            raise AlreadyMade
+        self.resumed_after_step = step_of(checkpoint) if checkpoint else None
+        return checkpoint
+
+    def _settle(self, trainer: Path) -> tuple[bool, Path | None, dict[str, Any]]:
+        before = read_json(self.scratch / RECORD)
+        if self.resume and read_json(self.target / RECORD).get("made_from") == self.made_from:
+            return True, None, {}
+        sweep(trainer)
+        checkpoint = newest_verified(trainer, self.note if self.resume else lambda line: None)
+        if self.resume and (checkpoint or (self.scratch / MEMBERS).exists()):  # an ensemble was begun there
+            refuse_differences(self.scratch, before.get("made_from", {}), self.made_from)
+        if self.resume and checkpoint:
+            self.note(f"going on after step {step_of(checkpoint)}")
+            if changed := [name for name, version in versions().items() if before["versions"].get(name) != version]:
+                self.note(f"other versions of {', '.join(changed)} than when it was started: the result may differ in the last digits")
+            cut_log(self.scratch / LOG, step_of(checkpoint))
+            return False, checkpoint, self.metrics | before["metrics"]
+        if checkpoint:
+            self.note(f"starting over; --resume (resume=True) would have gone on after step {step_of(checkpoint)}")
+        elif self.resume:
+            self.note("no checkpoint to go on from: starting from the beginning")
+        forget(self.scratch)
+        self.keep_metrics()
+        return False, None, self.metrics
+
+    def keep_metrics(self) -> None:
+        """What has been measured so far is not measured again after a resume."""
+        if is_main_process():
+            write_record(self.scratch, made_from=self.made_from, metrics=self.metrics, versions=versions())
+
+
+def wait_for_all_processes() -> None:
+    if launched():
+        PartialState().wait_for_everyone()
+
+
+class AlreadyMade(Exception):
+    """A resumed run finds that its output directory is finished, and made from the same."""
 
 
 class Recipe(ABC):
@@ -88,34 +191,60 @@ class Recipe(ABC):
     def train(self, run: Run) -> None:
         """Train and write adapter, tokenizer and manifest into `run.directory`."""
 
-    def run(self, output_dir: str | Path) -> Adapter:
+    def run(self, output_dir: str | Path, resume: bool = False) -> Adapter:
         """Train, and return the adapter that then stands in `output_dir`.
 
+        resume: go on from the newest whole checkpoint of a run that was interrupted; where there is none, start from the
+        beginning; where `output_dir` is finished and made from the same, return that. A resumed run gives what the
+        uninterrupted one would have given, bit for bit on one device, and is refused if its data, base, parents, seed or
+        options are not those it was started with.
+
         An adapter that is there already is replaced once the new one is complete. Raises InstructLiteError for bad data
-        or options, and if the loss or a gradient is not finite; the directory is then as it was.
+        or options, and if the loss or a gradient is not finite; the directory is then as it was. SIGTERM and Ctrl-C let a
+        training step finish, save, and raise Interrupted, a SystemExit.
         """
         target = Path(output_dir).absolute()
         check_target(target)
+        with Interruption(f"{type(self).__name__}(...).run({str(output_dir)!r}, resume=True)") as interruption, ExitStack() as shown:
+            if is_main_process():
+                scratch = shown.enter_context(working(target))
+                directory = scratch / target.name
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+            else:  # the main process alone writes what is kept
+                scratch = work_directory(target)
+                directory = Path(shown.enter_context(tempfile.TemporaryDirectory()))
+            run = Run(self.name, directory, scratch, self.resolved(), target, resume, interruption, shown.enter_context(ExitStack()))
+            try:
+                self._run(run)
+            except AlreadyMade:
+                run.note(f"kept {output_dir}: it is finished, and made from the same")
+            except Interrupted as stop:
+                saved = "" if stop.step is None else f" after step {stop.step}, which is saved in {scratch}"
+                run.note(f"stopped by {stop.signal}{saved}")
+                raise
+            if is_main_process():
+                forget(scratch)
+        wait_for_all_processes()
+        return Adapter.load(output_dir)
+
+    def _run(self, run: Run) -> None:
         started, clock = _now(), time.perf_counter()
-        scratch = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-        directory = scratch / target.name
-        directory.mkdir(parents=True)
-        run = Run(self.name, directory, scratch, self.resolved())
         set_seed(self.seed)
-        try:
-            with _without_trl_deprecations():
-                self.train(run)
-            if (scratch / "metrics.jsonl").exists():
-                (scratch / "metrics.jsonl").rename(directory / "metrics.jsonl")
+        trainer = run.scratch / CHECKPOINTS
+        with _without_trl_deprecations(), full_disk_explained(trainer, lambda: bytes_of_a_checkpoint(trainer, otherwise=0)):
+            self.train(run)
+            if not is_main_process():
+                return
+            if (run.scratch / LOG).exists():
+                shutil.copyfile(run.scratch / LOG, run.directory / LOG)
             summary = {
                 "recipe": self.name, "config": run.config, "versions": versions(), "data": run.data, "metrics": run.metrics,
                 "started": started, "finished": _now(), "seconds": round(time.perf_counter() - clock, 1), **peak_memory(),
+                "resumed_after_step": run.resumed_after_step, "made_from": run.made_from,
             }  # fmt: skip
-            (directory / "run.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            publish(directory, target, scratch)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        return Adapter.load(output_dir)
+            write_text(run.directory / RECORD, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            publish(run.directory, run.target)
 
     def resolved(self) -> dict[str, Any]:
         """The options as JSON: paths for adapters and files, a count for rows given in memory."""
@@ -124,15 +253,19 @@ class Recipe(ABC):
     @classmethod
     def check_training(cls, training: dict[str, Any]) -> None:
         """Raise InstructLiteError if `training` has an option or a value that the stage's config class does not take."""
-        trainer_config(cls.config_class, training, output_dir="unused", use_cpu=True, bf16=False)
+        # On the device of the training: the first config that is made decides how several processes will talk to each other.
+        trainer_config(cls.config_class, training, output_dir="unused", use_cpu=not torch.cuda.is_available(), bf16=False)
 
     def trainer_config(self, run: Run, base: Base, **defaults: Any) -> TrainingArguments:
         """The stage's config: our defaults, over them the recipe's own (`defaults`), over them the user's `training`."""
         cuda = base.device.type == "cuda"
         ours = {
-            "output_dir": str(run.scratch / "trainer"),
+            "output_dir": str(run.scratch / CHECKPOINTS),
             "seed": self.seed,
-            "save_strategy": "no",
+            # Due after every step, but left out while saving takes more than SAVING_SHARE of the time.
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "save_total_limit": 2,
             "report_to": "none",
             "disable_tqdm": True,
             # True (Trainer's default) logs a NaN loss as the mean of the losses before it.
@@ -140,9 +273,13 @@ class Recipe(ABC):
             # Batches of similar length: on short texts a third to a half of a random batch is padding.
             "train_sampling_strategy": "group_by_length",
             "use_cpu": not cuda,
+            # Every trained tensor is in every forward pass; to look for others costs time.
+            "ddp_find_unused_parameters": False,
             # On a CPU autocast was measured as no faster, and without it the numbers are those of plain PEFT.
             "bf16": cuda and base.dtype == "bfloat16" and not self.training.get("fp16"),
         }
+        theirs = any(option.startswith("save_") for option in self.training) or self.training.get("load_best_model_at_end")
+        run.saving_share = None if theirs else SAVING_SHARE
         config = trainer_config(self.config_class, self.training, **(ours | defaults))
         run.config["training"] = {key: _plain(value) for key, value in (ours | defaults | self.training).items() if key != "output_dir"}
         return config
@@ -171,12 +308,13 @@ class Watch(TrainerCallback):
 
     def __init__(self, run: Run):
         self.run = run
-        self.shown = ExitStack()
+        self.shown = run.shown
         self.advance: Advance = lambda count=1, note="": None
         self.loss: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance = self.shown.enter_context(progress(f"{self.run.recipe}: training", state.max_steps))
+        label = f"{self.run.recipe}: training"
+        self.advance = self.shown.enter_context(progress(label, state.max_steps, done=state.global_step))
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(note="" if self.loss is None else f"loss {self.loss:.3f}")
@@ -186,8 +324,9 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in logs.items()}
-        with (self.run.scratch / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step} | finite) + "\n")
+        if state.is_world_process_zero:
+            with (self.run.scratch / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step} | finite) + "\n")
         if "loss" in logs and finite["loss"] is None:
             self._stop(f"step {state.global_step}: the loss is {logs['loss']}", logs.get("learning_rate"))
         self.loss = logs.get("loss", self.loss)
@@ -205,27 +344,30 @@ class Watch(TrainerCallback):
         rate = "" if learning_rate is None else f"learning rate {learning_rate:.3g}, "
         last = "none" if self.loss is None else f"{self.loss:.4g}"
         raise InstructLiteError(
-            f"{self.run.recipe}, {what} ({rate}last logged loss {last}): stopped before the update, nothing was written; "
+            f"{self.run.recipe}, {what} ({rate}last logged loss {last}): stopped before the update, no adapter was written; "
             "lower training.learning_rate, set dtype to float32, or look for extreme rows in the data"
         )
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Advance]:
+def progress(label: str, total: int, done: int = 0) -> Iterator[Advance]:
     """Show on stderr how far a long step is and how long it will take: a bar on a terminal, else a line every 10 % or so.
 
-    Yields advance(count=1, note="").
+    done: what was there before. Yields advance(count=1, note="").
     """
     console = _console()
+    if not is_main_process():
+        yield lambda count=1, note="": None
+        return
     if console.is_terminal:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
                    TimeRemainingColumn(), TextColumn("{task.fields[note]}")]  # fmt: skip
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task(label, total=total, note="")
+            task = bar.add_task(label, total=total, completed=done, note="")
             yield lambda count=1, note="": bar.update(task, advance=count, note=note)
         return
     start = shown_at = time.perf_counter()
-    done = shown = 0
+    first, shown = done, 10 * done // max(1, total)
 
     def advance(count: int = 1, note: str = "") -> None:
         nonlocal done, shown, shown_at
@@ -233,7 +375,7 @@ def progress(label: str, total: int) -> Iterator[Advance]:
         if done < total and (10 * done // total <= shown or now - shown_at < 1):
             return
         shown, shown_at, seconds = 10 * done // total, now, now - start
-        left = f"took {_clock(seconds)}" if done >= total else f"{_clock(seconds / done * (total - done))} left"
+        left = f"took {_clock(seconds)}" if done >= total else f"{_clock(seconds / (done - first) * (total - done))} left"
         console.print(", ".join(filter(None, [f"{label} {done}/{total}", note, left])))
 
     yield advance
@@ -293,14 +435,15 @@ def _without_trl_deprecations() -> Iterator[None]:
         yield
 
 
-def training_metrics(trainer: Trainer, seconds: float) -> dict[str, float]:
-    """Steps, mean loss, seconds and tokens per second of a finished TRL training."""
+def training_metrics(trainer: Trainer) -> dict[str, float]:
+    """Steps, mean loss, seconds and tokens per second of a finished TRL training; of all of it, if it was resumed."""
     logs = trainer.state.log_history
     tokens = next((log["num_tokens"] for log in reversed(logs) if "num_tokens" in log), 0)
-    loss = next(log["train_loss"] for log in reversed(logs) if "train_loss" in log)
+    total = logs[-1]
+    seconds = total["train_runtime"]
     return {
         "steps": trainer.state.global_step,
-        "train_loss": loss,
+        "train_loss": total["train_loss"],
         "train_seconds": round(seconds, 1),
         "train_tokens_per_second": round(tokens / seconds, 1),
     }
@@ -342,18 +485,6 @@ def peak_memory() -> dict[str, float]:
 def check_target(target: Path) -> None:
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file()):
         raise InstructLiteError(f"{target}: exists and is no adapter that InstructLite wrote; choose another directory")
-
-
-def publish(directory: Path, target: Path, scratch: Path) -> None:
-    replaced = scratch / "replaced"
-    if target.exists():
-        target.rename(replaced)
-    try:
-        directory.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
 
 
 def _plain(value: Any) -> Any:

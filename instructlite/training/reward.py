@@ -9,8 +9,8 @@ import gc
 import json
 import random
 import shutil
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
@@ -30,21 +30,40 @@ from ..config import RewardOptions
 from ..data.records import as_groups
 from ..errors import InstructLiteError
 from ..models.base import Base, base_of, lora_config
-from ..models.manifest import Adapter, add_members, is_adapter, verify
+from ..models.manifest import Adapter, add_members, verify
+from .checkpoints import Checkpointing
+from .interrupt import Interruption
 from .ppo_math import ranking_loss
 from .recipe import (
+    HARMLESS,
+    SOURCES,
     Recipe,
     Run,
     check_target,
     full_precision,
     parent_of,
     progress,
-    publish,
     save_adapter,
     training_metrics,
+    wait_for_all_processes,
     without_dataset_bars,
 )
 from .sft import report_too_long
+from .work import (
+    MEMBERS,
+    RECORD,
+    flat,
+    forget,
+    has_saved,
+    is_main_process,
+    publish,
+    read_json,
+    refuse_differences,
+    work_directory,
+    working,
+    write_record,
+    write_text,
+)
 
 BIAS_SAMPLE = 256  # demonstrations scored for the bias; its standard error is then 1/16 of their spread
 
@@ -62,44 +81,56 @@ class RewardRecipe(Recipe, RewardOptions):
     `score_std` over the held-out answers (else over the answers that gave the bias), after the shift.
 
     With `ensemble` the directory is the first member's, the others stand in `member-1`, `member-2`, ... below it. Each is
-    what a recipe of its own with the seed `seed` + its number would have written, and a run that goes on keeps those done.
+    what a recipe of its own with the seed `seed` + its number would have written; a resumed run keeps those that are done.
     """
 
     name = "reward"
     config_class = RewardConfig
 
-    def run(self, output_dir: str | Path, **options: Any) -> Adapter:
+    def run(self, output_dir: str | Path, resume: bool = False) -> Adapter:
         if self.ensemble == 1:
-            return super().run(output_dir, **options)
-        target = Path(output_dir).absolute()
+            return super().run(output_dir, resume)
+        target, main = Path(output_dir).absolute(), is_main_process()
         check_target(target)
-        parts = target.with_name(f"{target.name}.members")
-        if not options.get("resume"):
-            shutil.rmtree(parts, ignore_errors=True)
-        members = [replace(self, seed=self.seed + number, ensemble=1) for number in range(self.ensemble)]
-        paths = [parts / f"member-{number}" for number in range(self.ensemble)]
-        for member, path in zip(members, paths, strict=True):
-            if not (is_adapter(path) and member._has_written(path)):
-                member.run(path, **options)
-            gc.collect()  # its base, before the next one loads its own
-        runs = [json.loads((path / "run.json").read_text(encoding="utf-8")) for path in paths]
-        runs[0]["config"]["ensemble"], runs[0]["seconds"] = self.ensemble, round(sum(run["seconds"] for run in runs), 1)
-        (paths[0] / "run.json").write_text(json.dumps(runs[0], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        add_members(paths[0], paths[1:])
-        publish(paths[0], target, parts)
-        shutil.rmtree(parts)
+        made_from = self._made_from(Run(self.name, target, target, self.resolved()))
+        if resume and read_json(target / RECORD).get("ensemble_made_from") == made_from:
+            return Adapter.load(output_dir)
+        again = f"RewardRecipe(...).run({str(output_dir)!r}, resume=True)"
+        with Interruption(again), working(target) if main else nullcontext(work_directory(target)) as work:
+            if main and resume and has_saved(work):
+                refuse_differences(work, read_json(work / RECORD).get("made_from", {}), made_from)
+            elif main:
+                forget(work)
+            if main:
+                write_record(work, made_from=made_from)
+            paths = [work / MEMBERS / f"member-{number}" for number in range(self.ensemble)]
+            for number, path in enumerate(paths):
+                # Without `resume` none is there. With it, one that is done is found to be made from the same.
+                replace(self, seed=self.seed + number, ensemble=1).run(path, resume)
+                gc.collect()  # its base, before the next one loads its own
+            if main:
+                publish(self._together(paths, work / target.name, made_from), target)
+                forget(work)
+        wait_for_all_processes()
         return Adapter.load(output_dir)
 
-    def _has_written(self, path: Path) -> bool:
-        """Whether this recipe, with the same data and parent, wrote the adapter that stands there."""
-        noted, wanted = json.loads((path / "run.json").read_text(encoding="utf-8")), self.resolved()
-        # What stands under `training` is noted with our defaults.
-        training = {option: noted["config"]["training"].get(option) for option in wanted["training"]}
-        now = Run(self.name, path, path, wanted)
-        self._records(now)
+    def _made_from(self, run: Run) -> dict[str, Any]:
+        """What decides what an ensemble becomes, as far as it is known before a base is loaded; each member knows the rest."""
+        self._records(run)
         parent = parent_of(self.model)
-        same_parent = Adapter.load(path).manifest.parents == ({"sft": parent.sha256} if parent else {})
-        return {**noted["config"], "training": training} == wanted and noted["data"] == now.data and same_parent
+        options = {name: value for name, value in run.config.items() if name not in SOURCES}
+        training = {name: value for name, value in options.pop("training").items() if name not in HARMLESS}
+        data = {name: source["sha256"] for name, source in run.data.items()}
+        return flat({"start": parent.sha256 if parent else str(self.model), "data": data, **options, "training": training})
+
+    def _together(self, paths: list[Path], directory: Path, made_from: dict[str, Any]) -> Path:
+        """The first member's directory with the others in it."""
+        runs = [read_json(path / RECORD) for path in paths]
+        runs[0]["config"]["ensemble"], runs[0]["seconds"] = self.ensemble, round(sum(run["seconds"] for run in runs), 1)
+        shutil.copytree(paths[0], directory)
+        write_text(directory / RECORD, json.dumps(runs[0] | {"ensemble_made_from": made_from}, indent=2, ensure_ascii=False) + "\n")
+        add_members(directory, paths[1:])
+        return directory
 
     def train(self, run: Run) -> None:
         parent = parent_of(self.model)
@@ -109,6 +140,8 @@ class RewardRecipe(Recipe, RewardOptions):
         config = self.trainer_config(run, base)
         groups = encode_groups(base, records, config.max_length, run)
         eval_groups = encode_groups(base, held_out, config.max_length, run, "eval_") if held_out else []
+        parents = {"sft": parent.sha256} if parent else {}
+        checkpoint = run.begin(base, config, parents)
         model = self._model(base, parent)
         with full_precision(model), without_dataset_bars():
             trainer = RankingTrainer(
@@ -117,12 +150,11 @@ class RewardRecipe(Recipe, RewardOptions):
             )  # fmt: skip
         trainer.head_learning_rate_scale = self.head_learning_rate_scale
         run.watch(trainer)
-        start = time.perf_counter()
-        trainer.train()
-        run.metrics |= training_metrics(trainer, time.perf_counter() - start)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        run.metrics |= training_metrics(trainer)
         run.metrics["train_accuracy"] = mean_over_steps("accuracy", trainer.state.log_history)
         bias = self._measure(run, trainer, self._anchors(base, shown, groups, config.max_length), eval_groups)
-        save_adapter(model, base, run.directory, role="reward", score_bias=bias, parents={"sft": parent.sha256} if parent else None)
+        save_adapter(model, base, run.directory, role="reward", score_bias=bias, parents=parents)
 
     def _records(self, run: Run) -> tuple[list[dict], list[dict], list[dict]]:
         """Training data, held-out data and demonstrations."""
@@ -218,6 +250,7 @@ class Collator:
         answers = [torch.tensor(ids) for row in rows for ids in row["responses_ids"]]
         lengths = torch.tensor([len(answer) for answer in answers])
         ids = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=self.pad_id)
+        ids = nn.functional.pad(ids, (0, -ids.shape[1] % 8), value=self.pad_id)  # fewer shapes: on a CPU each costs compiled kernels
         return {
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
@@ -226,7 +259,7 @@ class Collator:
         }
 
 
-class RankingTrainer(RewardTrainer):
+class RankingTrainer(Checkpointing, RewardTrainer):
     """TRL's RewardTrainer on groups of K ranked answers, with a learning rate of its own for the head.
 
     Relies on trl 1.16: `_prepare_dataset` (called on each data set), `_set_signature_columns_if_needed` (columns that

@@ -7,7 +7,7 @@ give bit-equal log-probabilities in scoring and training (on a CPU). No (batch, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -240,8 +240,12 @@ def assign_advantages(
     missing_eos_penalty: float | None,
     whiten_rewards: bool,
     reduce: Reduce,
+    gather: Callable[[list], list] = lambda rows: rows,
 ) -> dict[str, float]:
-    """Rewards, advantages (whitened over all processes) and returns; fills the rollout, gives TRL's metrics."""
+    """Rewards, advantages (whitened over all processes) and returns; fills the rollout, gives TRL's metrics.
+
+    reduce, gather: the sum of a tensor, and the items of a list, over all processes.
+    """
     mask = rollout.mask
     scored = rewards.combine(rollout, reduce)
     penalty = (missing_eos_penalty or 0.0) * ~rollout.ended
@@ -283,10 +287,9 @@ def assign_advantages(
     gap = of_tokens["rollout/surprisal_gap"]
     # Where no rare token was drawn the spread of the gap is too small; for a rare one it is at least the entropy.
     spread = torch.maximum(masked_variance(gap, mask, reduce), metrics["objective/entropy"])
-    distinct = len({tuple(row[valid].tolist()) for row, valid in zip(rollout.responses, mask, strict=True)})
+    answers = gather([hash(tuple(row[valid].tolist())) for row, valid in zip(rollout.responses, mask, strict=True)])
     metrics |= {
         "rollout/surprisal_gap_z": metrics["rollout/surprisal_gap"] * (reduce(mask.sum()) / spread.clamp(min=1e-12)).sqrt(),
-        "rollout/unique_frac": masked_mean(torch.full_like(score, distinct / len(rollout)), each, reduce),
         "rollout/score_length_corr": correlation(rollout.scores, mask.sum(1).float(), scored.judged, reduce),
         "objective/score_std": masked_variance(score, scored.judged, reduce).sqrt(),
         "value/explained_variance": explained_variance(rollout.values, rollout.returns, mask, reduce),
@@ -298,6 +301,7 @@ def assign_advantages(
         | scored.metrics
         | {
             "objective/kl_coef": kl_coef,
+            "rollout/unique_frac": len(set(answers)) / len(answers),
             "rollout/length_max": float(mask.shape[1]),
         }
     )

@@ -6,22 +6,27 @@ here and another way in PPO; the loss is that of the completion, with the token 
 """
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import quantiles
 
 import torch
+import trl
 import trl.trainer.utils
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from ..config import SFTOptions
 from ..errors import InstructLiteError
 from ..models.base import Base, base_of, lora_config
 from ..models.manifest import Adapter, verify
+from .checkpoints import Checkpointing
 from .recipe import Recipe, Run, full_precision, parent_of, progress, save_adapter, training_metrics, without_dataset_bars
+
+
+class SFTTrainer(Checkpointing, trl.SFTTrainer):
+    """TRL's, with crash-safe checkpoints."""
 
 
 class SFTRecipe(Recipe, SFTOptions):
@@ -43,19 +48,21 @@ class SFTRecipe(Recipe, SFTOptions):
         config = self.trainer_config(run, base, completion_only_loss=True)
         rows = completions(base, demonstrations, config.max_length, run)
         eval_rows = None if held_out is None else completions(base, held_out, config.max_length, run, "eval_")
+        parents = {"sft": parent.sha256} if parent else {}
+        checkpoint = run.begin(base, config, parents)
         model = self._model(base, parent)
         with full_precision(model), without_dataset_bars():
             trainer = SFTTrainer(model=model, args=config, train_dataset=rows, eval_dataset=eval_rows, processing_class=base.tokenizer)
         run.watch(trainer)
         with head_on_completions():
-            if eval_rows is not None:
+            if eval_rows is not None and checkpoint is None:
                 run.metrics |= held_out_metrics(trainer, "_before")
-            start = time.perf_counter()
-            trainer.train()
-            run.metrics |= training_metrics(trainer, time.perf_counter() - start)
+                run.keep_metrics()
+            trainer.train(resume_from_checkpoint=checkpoint)
+            run.metrics |= training_metrics(trainer)
             if eval_rows is not None:
                 run.metrics |= held_out_metrics(trainer)
-        save_adapter(model, base, run.directory, role="policy", parents={"sft": parent.sha256} if parent else None)
+        save_adapter(model, base, run.directory, role="policy", parents=parents)
 
     def _model(self, base: Base, parent: Adapter | None) -> PeftModel:
         if parent is None:
@@ -111,13 +118,18 @@ def held_out_metrics(trainer: SFTTrainer, suffix: str = "") -> dict[str, float]:
 
     Trainer's own `eval_loss` is a mean of batch means, which changes with the batch size.
     """
+    accelerator = trainer.accelerator
+    even, accelerator.even_batches = accelerator.even_batches, False  # True counts rows twice, so that all processes have as many
     model, loader = trainer.model.eval(), trainer.get_eval_dataloader()
+    accelerator.even_batches = even
     nats = tokens = 0.0
     with progress("sft: held-out loss", len(loader)) as advance:
         for inputs in loader:
-            with trainer.accelerator.autocast():
+            with accelerator.autocast():
                 output = model(**inputs, use_cache=False, fused_lm_head=True)  # the head that TRL trains with
             nats -= output.log_probs.double().sum().item()
             tokens += output.label_mask.sum().item()
             advance()
+    if accelerator.num_processes > 1:
+        nats, tokens = accelerator.reduce(torch.tensor([nats, tokens], dtype=torch.float64, device=accelerator.device), "sum").tolist()
     return {f"eval_loss{suffix}": nats / tokens, f"eval_perplexity{suffix}": math.exp(nats / tokens)}
