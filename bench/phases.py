@@ -33,7 +33,7 @@ class Phases:
     def start(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.peak_mb: dict[str, float] = {}
-        self.running = ["rest"]
+        self.running, self.failed_in = ["rest"], None
         _forget_peak()
         self.since = time.perf_counter()
 
@@ -55,6 +55,9 @@ class Phases:
         self.enter(name)
         try:
             yield
+        except torch.OutOfMemoryError:
+            self.failed_in = self.failed_in or name  # the innermost
+            raise
         finally:
             self.leave()
 

@@ -25,6 +25,7 @@ from ppo_vs_trl import COMMON, LORA_R, trainer_of
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
+from instructlite.errors import InstructLiteError
 from instructlite.models.base import Base, keep_bytes, quantization_config
 from instructlite.training.recipe import quiet_libraries, versions
 
@@ -55,7 +56,7 @@ def random_base(name: str, quantization: str) -> Base:
         name: numbers[step * i :][: shape.numel()].view(shape) if len(shape) > 1 else torch.ones(shape, dtype=DTYPE)
         for i, (name, shape) in enumerate(shapes.items())
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     options = {"quantization_config": quantization_config(quantization, DTYPE)} if quantization != "none" else {}
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=DTYPE, device_map={"": device}, **options)
     model.requires_grad_(False)
@@ -101,7 +102,8 @@ def measure(quantization: str, args: argparse.Namespace) -> dict[str, Any]:
             with phases_of(trainer, phases):
                 trainer.train()
     except torch.OutOfMemoryError as error:
-        return {"out_of_memory": str(error).partition(". ")[0], "in": phases.running[-1], "cycles": clock.cycles}
+        where = phases.failed_in or phases.running[-1]
+        return {"out_of_memory": str(error).partition(". ")[0], "in": where, "cycles": [*clock.cycles, phases.stop()]}
     timed = clock.cycles[1:]
     names = clock.cycles[0]["seconds"]
     seconds = {name: statistics.median(cycle["seconds"][name] for cycle in timed) for name in names}
@@ -165,6 +167,22 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--updates must be at least 2 (the first is not timed), --batch a multiple of --micro-batch")
     if args.config != "tiny" and not torch.cuda.is_available():
         parser.error(f"--config {args.config} needs a GPU, and torch sees none; --config tiny runs on a CPU")
+    try:
+        results = measured(args)
+    except InstructLiteError as error:
+        raise SystemExit(str(error)) from None
+    ratios = compare(results)
+    if ratios:
+        print("\nnf4 / bf16: " + ", ".join(f"{name.removesuffix('_ratio')} {ratio}" for name, ratio in ratios.items()))
+    if args.json:
+        gpu = {"name": torch.cuda.get_device_name(), "memory_mb": torch.cuda.mem_get_info()[1] / 1e6} if torch.cuda.is_available() else None
+        about = {"gpu": gpu, "config": args.config, "dtype": "bfloat16", "lora_r": LORA_R, "prompt_length": PROMPT_LENGTH}
+        about["settings"] = settings(args) | {"batch": args.batch, "updates": args.updates, "untimed_updates": 1}
+        recording.write(args.json, about | ratios | results | {"versions": versions()})
+
+
+def measured(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Results by name, each printed as soon as it is there."""
     results = {}
     for quantization in ("nf4", "none") if args.quantization == "both" else (args.quantization,):
         name = "bf16" if quantization == "none" else quantization
@@ -174,14 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             results[name] = measure(quantization, args)
         print_table(name, results[name])
-    ratios = compare(results)
-    if ratios:
-        print("\nnf4 / bf16: " + ", ".join(f"{name.removesuffix('_ratio')} {ratio}" for name, ratio in ratios.items()))
-    if args.json:
-        gpu = {"name": torch.cuda.get_device_name(), "memory_mb": torch.cuda.mem_get_info()[1] / 1e6} if torch.cuda.is_available() else None
-        about = {"gpu": gpu, "config": args.config, "dtype": "bfloat16", "lora_r": LORA_R, "prompt_length": PROMPT_LENGTH}
-        about["settings"] = settings(args) | {"batch": args.batch, "updates": args.updates, "untimed_updates": 1}
-        recording.write(args.json, about | ratios | results | {"versions": versions()})
+    return results
 
 
 if __name__ == "__main__":

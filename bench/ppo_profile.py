@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TrainerCallback
 
 from instructlite.config import Lora
+from instructlite.errors import InstructLiteError
 from instructlite.models.base import Base, lora_config
 from instructlite.training.recipe import quiet_libraries, versions
 from instructlite.training.rollout import Rollout
@@ -212,7 +213,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.rounds < 1 or args.micro_batch < 1 or BATCH % args.micro_batch:
         parser.error(f"--rounds must be at least 1, --micro-batch a divisor of {BATCH}")
     quiet_libraries()
-    result = profile(args.model, args.layers, args.micro_batch, args.rounds)
+    try:
+        result = profile(args.model, args.layers, args.micro_batch, args.rounds)
+    except InstructLiteError as error:
+        raise SystemExit(str(error)) from None
     print_table(result)
     if args.json:
         recording.write(args.json, result)

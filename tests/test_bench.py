@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # programs, not a package: they find each other as scripts do
@@ -17,7 +18,6 @@ import ppo_profile
 from phases import CLEAR_REFS, Phases
 
 from instructlite.training import rollout
-from instructlite.training.ppo_trainer import PPOTrainer
 
 SCORES = [f"score: {role}" for role in ppo_profile.ROLES]
 STEP = {"generate", *SCORES, "forward: policy", "forward: value", "backward"}
@@ -101,13 +101,23 @@ def test_ppo_gpu_runs_on_the_tiny_config(tmp_path, capsys, monkeypatch):
 
 
 def test_ppo_gpu_says_what_does_not_fit(tmp_path, capsys, monkeypatch):
-    def too_large(trainer):
+    def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr(PPOTrainer, "train", too_large)
+    monkeypatch.setattr(Accelerator, "backward", too_large)
     ppo_gpu.main([*TINY, "--quantization", "none", "--json", str(tmp_path / "g.json")])
-    assert "does not fit: CUDA out of memory (in: rest)" in capsys.readouterr().out
-    assert json.loads((tmp_path / "g.json").read_text())["bf16"]["out_of_memory"] == "CUDA out of memory"
+    assert "does not fit: CUDA out of memory (in: backward)" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "g.json").read_text())["bf16"]
+    assert recorded["out_of_memory"] == "CUDA out of memory"
+    assert set(recorded["cycles"][0]["seconds"]) >= {"generate", "backward"}
+
+
+@pytest.mark.parametrize(
+    "arguments, said", [(["--layers", "top9"], "this model has 3 layers"), (["--model", "no/such"], "no/such: neither")]
+)
+def test_ppo_profile_says_in_one_line_what_is_wrong(arguments, said, tiny_path):
+    with pytest.raises(SystemExit, match=said):
+        ppo_profile.main(["--model", str(tiny_path), *arguments])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would run")
