@@ -47,9 +47,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# make bench       our PPO beside TRL 1.12's: memory and speed
+# make bench       our PPO beside TRL 1.12's, and beside the least that a step can take (with a GPU: bench/ppo_gpu.py)
 bench: $(READY)
 	$(BIN)/python bench/ppo_vs_trl.py
+	$(BIN)/python bench/ppo_profile.py
+	$(BIN)/python bench/ppo_profile.py --layers top10
 
 # make clean       take away the virtual environment and caches; runs/ stays
 clean:

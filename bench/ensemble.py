@@ -14,11 +14,10 @@ import argparse
 import json
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ppo_vs_trl import machine
+import recording
 
 from instructlite.config import Loop, load_loop
 from instructlite.models.manifest import Adapter
@@ -81,9 +80,8 @@ def main() -> None:
     summary["accuracies"] = [member.metrics.get("eval_accuracy") for member in members.members]
     print(f"step with {args.members} / with one: {summary['step_ratio']:.2f}")
     if args.json:
-        about = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(), "recipe": loop.to_dict()}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**summary, "one": sides[0], "ensemble": sides[1], **about}, indent=2) + "\n", encoding="utf-8")
+        about = {"versions": versions(), "recipe": loop.to_dict()}
+        recording.write(args.json, {**summary, "one": sides[0], "ensemble": sides[1], **about})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from ppo_vs_trl import machine  # noqa: E402
+import recording  # noqa: E402
 
 RECIPE = """\
 model: {base}
@@ -171,9 +170,7 @@ def main() -> None:
     print(json.dumps(results, indent=2))
     if args.json:
         versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")}
-        about = {"date": date.today().isoformat(), "machine": machine(), "versions": versions, "seed": args.seed}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results | about | {"uninterrupted": whole, "table": runs}, indent=2) + "\n", encoding="utf-8")
+        recording.write(args.json, results | {"versions": versions, "seed": args.seed, "uninterrupted": whole, "table": runs})
     sys.exit(results["equal"] != results["kills"])
 
 

@@ -22,11 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import recording
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL, TRL_VERSION = Path(__file__).resolve().parent / ".trl-1.12", "1.12.0"
@@ -79,24 +80,31 @@ def build_trl(model: str, updates: int, options: dict[str, Any], callback: Any) 
     return trainer, [trainer.policy_model, value, reward], rows
 
 
-def build_ours(model: str, updates: int, options: dict[str, Any], callback: Any, *, shared: bool) -> tuple[Any, list, list]:
+def build_ours(model: str, updates: int, options: dict[str, Any], callback: Any, *, top_layers: int | None) -> tuple[Any, list, list]:
     """Policy, reference, value and reward as adapters of one base."""
-    from instructlite.config import Lora
-    from instructlite.models.base import load_base, lora_config
-    from instructlite.models.roles import RoleModel
-    from instructlite.training.ppo_trainer import PPOConfig, PPOTrainer
+    from instructlite.models.base import load_base
 
     base = load_base(model, dtype=DTYPE, chat_template="chatml")
     rows = prompts(base.tokenizer, BATCH * updates)
-    lora = Lora(r=LORA_R, top_layers=TOP_LAYERS if shared else None)
-    roles = RoleModel.for_ppo(base, lora_config(lora, base.model, "CAUSAL_LM"))
+    trainer = trainer_of(base, rows, options | {"share_lower_layers": top_layers is not None}, callback, top_layers=top_layers)
+    return trainer, [trainer.model], rows
+
+
+def trainer_of(base: Any, rows: list, options: dict[str, Any], callback: Any, *, top_layers: int | None) -> Any:
+    """A PPOTrainer with all roles as fresh adapters, whose responses all have the full length."""
+    from instructlite.config import Lora
+    from instructlite.models.base import lora_config
+    from instructlite.models.roles import RoleModel
+    from instructlite.training.ppo_trainer import PPOConfig, PPOTrainer
+
+    roles = RoleModel.for_ppo(base, lora_config(Lora(r=LORA_R, top_layers=top_layers), base.model, "CAUSAL_LM"))
     roles.copy_role("policy", "reference")
     roles.copy_role("policy", "reward")
     roles.add_head("reward")
     roles.heads["reward"].weight.data.normal_()  # scores that vary, like those of TRL's fresh score head
     never = base.model.config.vocab_size  # no token has this id, so nothing stops a response
-    args = PPOConfig(**options, total_episodes=len(rows), stop_token_ids=[never], share_lower_layers=shared)
-    return PPOTrainer(roles, args, train_dataset=rows, callbacks=[callback]), [roles], rows
+    args = PPOConfig(**options, total_episodes=len(rows), stop_token_ids=[never])
+    return PPOTrainer(roles, args, train_dataset=rows, callbacks=[callback])
 
 
 def measure(side: str, model: str, updates: int, micro_batch: int) -> dict[str, Any]:
@@ -123,7 +131,8 @@ def measure(side: str, model: str, updates: int, micro_batch: int) -> dict[str, 
         if side == "trl":
             trainer, models, rows = build_trl(model, updates, options, Clock())
         else:
-            trainer, models, rows = build_ours(model, updates, options, Clock(), shared=side == "shared_lower_layers")
+            top_layers = TOP_LAYERS if side == "shared_lower_layers" else None
+            trainer, models, rows = build_ours(model, updates, options, Clock(), top_layers=top_layers)
         trainer.train()
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
     seconds = [after - before for before, after in pairwise(ticks)]  # from the end of the first update on
@@ -175,13 +184,6 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    return {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "memory_gb": memory, "system": platform.system()}
-
-
 def print_table(results: dict[str, Any]) -> None:
     print(f"\n{'':20}{'weights MB':>12}{'peak MB':>10}{'episodes/s':>12}{'s/update':>10}   ours / TRL: weights, peak, speed")
     for name, row in [("TRL " + TRL_VERSION, results[OURS[0]]["trl"]), *((side, results[side]["ours"]) for side in OURS)]:
@@ -222,9 +224,7 @@ def main() -> None:
         settings = COMMON | lora | {"model": args.model, "dtype": DTYPE, "batch": BATCH, "micro_batch": args.micro_batch}
         settings |= {"updates": args.updates, "untimed_updates": 1, "rounds": args.rounds}
         versions = rounds[-1]["versions"] | {"trl_baseline": TRL_VERSION}
-        about = {"date": date.today().isoformat(), "machine": machine(), "versions": versions, "settings": settings, "rounds": rounds}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results | about, indent=2) + "\n", encoding="utf-8")
+        recording.write(args.json, results | {"versions": versions, "settings": settings, "rounds": rounds})
 
 
 if __name__ == "__main__":

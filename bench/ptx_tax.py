@@ -9,15 +9,13 @@ before the first update and after every few cycles. `rise_ratio` is the rise wit
 """
 
 import argparse
-import json
 import math
 import time
-from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ppo_vs_trl import machine
+import recording
 from transformers import TrainerCallback
 
 from instructlite.config import Loop, load_loop
@@ -134,11 +132,10 @@ def main() -> None:
     print(f"\nrise with ptx / without: {summary['rise_ratio']}; score with ptx - without: {summary['score_difference']:+.3f}")
     if args.json:
         about = {
-            "date": date.today().isoformat(), "machine": machine(), "versions": versions(), "model": loop.model, "recipe": loop.to_dict(),
+            "versions": versions(), "model": loop.model, "recipe": loop.to_dict(),
             "prose": {"ptx": len(seen), "held_out": len(held_out), "held_out_sha256": data_hash(held_out), "max_tokens": MAX_TOKENS},
         }  # fmt: skip
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**summary, "without": plain, "with": ptx, **about}, indent=2) + "\n", encoding="utf-8")
+        recording.write(args.json, {**summary, "without": plain, "with": ptx, **about})
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def load_base(
         auto, config.num_labels = AutoModelForSequenceClassification, 1
     options: dict[str, Any] = {"config": config, "dtype": torch_dtype, "use_safetensors": True, "ignore_mismatched_sizes": head == "reward"}
     if quantization != "none":
-        options |= {"quantization_config": _quantization(quantization, torch_dtype), "device_map": {"": device}}
+        options |= {"quantization_config": quantization_config(quantization, torch_dtype), "device_map": {"": device}}
     loaded, loading = auto.from_pretrained(path, output_loading_info=True, **options)
     if head == "reward" and (untrained := sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))):
         raise InstructLiteError(f"{model}: no reward model with one score ({untrained[0]} is not in it or has another shape)")
@@ -173,7 +173,7 @@ def load_base(
         loaded.to(device)
     loaded.requires_grad_(False)
     if quantization == "nf4":
-        _keep_bytes(loaded)
+        keep_bytes(loaded)
     end_id = _end_of_turn(tokenizer)
     return Base(
         model=loaded,
@@ -262,7 +262,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _quantization(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     require("bitsandbytes", "quant")
     kept = ["lm_head", "score"]  # heads stay in the compute dtype
     if name == "int8":
@@ -276,7 +276,7 @@ def _quantization(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _keep_bytes(model: PreTrainedModel) -> None:
+def keep_bytes(model: PreTrainedModel) -> None:
     """On CPUs with avx512_bf16, bitsandbytes re-packs 4-bit weights in place at the first forward in eval mode and rounds
     their scales to bfloat16: the base would change after the first rollout. Remove when Linear4bit keeps its bytes."""
     for module in model.modules():
