@@ -67,7 +67,7 @@ def trainer_of(model: RoleModel, args: PPOConfig, **options) -> PPOTrainer:
 
 
 def digest(tensors) -> str:
-    return hashlib.sha256(b"".join(t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(t.detach().flatten().view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def collected(model: RoleModel, tmp_path, rows: int = 6, **changes) -> tuple[PPOTrainer, rollout.Rollout]:
