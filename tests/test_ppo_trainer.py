@@ -228,7 +228,7 @@ def test_t8_a_reference_that_is_not_the_start_of_the_policy_is_refused(tiny_base
     model = roles(tiny_base)
     with torch.no_grad():
         model.role_parameters("reference")[0].add_(0.1)
-    with pytest.raises(InstructLiteError, match="differs from the reference"):
+    with pytest.raises(InstructLiteError, match="weights of the policy differ from those of the reference"):
         trainer_of(model, config(tmp_path)).train()
 
 
