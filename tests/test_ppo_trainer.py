@@ -630,7 +630,7 @@ def test_t24_ptx_keeps_the_likelihood_of_its_texts(tiny_path, tmp_path):
         trainer = trainer_of(model, args, ptx_dataset=PTX if coefficient else None, reward_model=share_of_vowels)
         trainer.train()
         ids = [model.base.tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in PTX]
-        likelihoods.append(torch.cat(log_probs(model, "policy", [(row[:1], row[1:]) for row in ids])).mean())
+        likelihoods.append(torch.cat(log_probs(model, ["policy"], [(row[:1], row[1:]) for row in ids])[0]).mean())
         scores.append([log["objective/score"] for log in trainer.state.log_history if "objective/score" in log])
     assert likelihoods[1] - likelihoods[0] > 2.0
     assert all(math.isfinite(score) for run in scores for score in run)
