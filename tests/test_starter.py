@@ -6,7 +6,7 @@ import pytest
 
 from instructlite.data.records import STARTER, check_file, read_records, split_by_prompt
 
-ROWS = {"demonstrations": 320, "comparisons": 828, "rankings": 29, "prose": 143}
+ROWS = {"demonstrations": 320, "comparisons": 908, "rankings": 29, "prose": 143}
 KINDS = {"demonstrations": "demonstrations", "comparisons": "comparisons", "rankings": "rankings", "prose": "texts"}
 
 
