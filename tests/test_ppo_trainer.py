@@ -18,7 +18,7 @@ from instructlite.errors import InstructLiteError
 from instructlite.models.base import Base, load_base, lora_config
 from instructlite.models.manifest import Adapter
 from instructlite.models.roles import ResponseBatch, RoleModel
-from instructlite.models.sampling import Sampling, generate, log_probs
+from instructlite.models.sampling import Sampling, bytes_per_answer, generate, log_probs
 from instructlite.training import ppo_trainer, rollout
 from instructlite.training.cycle import CycleSampler
 from instructlite.training.ppo_config import PPOConfig
@@ -438,6 +438,29 @@ def test_the_missing_eos_penalty_is_taken_from_responses_that_did_not_stop(tiny_
     trainer.train()
     log = trainer.state.log_history[0]
     assert_close(log["objective/score"], -1.5 * log["rollout/eos_missing_frac"])
+
+
+def test_as_many_prompts_are_answered_at_once_as_fit_the_memory(tiny_base, tmp_path, monkeypatch):
+    model, sizes = roles(tiny_base), []
+    of_model = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: sizes.append(len(inputs["input_ids"])) or of_model(**inputs))
+    whole = trainer_of(model, config(tmp_path, per_device_train_batch_size=4))
+    longest = max(len(row["prompt_ids"]) for row in whole.train_dataset) + 12
+    memory = 3.5 * bytes_per_answer(model, longest) / 1e9
+    trainer = trainer_of(model, config(tmp_path, per_device_train_batch_size=4, generation_memory=memory))
+    trainer._collect(trainer.train_dataset[:8], 0)
+    assert sizes == [3, 3, 2]
+    assert trainer_of(model, config(tmp_path, generation_memory=1.0)).generation_batch_size == 4, "not more than a rollout has"
+    with pytest.raises(InstructLiteError, match=r"one answer of \d+ tokens takes .* GB; raise it"):
+        trainer_of(model, config(tmp_path, generation_memory=memory / 10))
+
+
+def test_keys_values_and_logits_are_what_an_answer_takes(tiny_base):
+    """Keys and values against those that the model makes."""
+    model = roles(tiny_base)
+    cache = tiny_base.model(torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert bytes_per_answer(model, 30) - bytes_per_answer(model, 20) == held
 
 
 def test_t18_evaluating_and_logging_between_steps_changes_no_weight(tiny_path, tmp_path):

@@ -73,6 +73,16 @@ def generate(
     return answers
 
 
+def bytes_per_answer(model: RoleModel, length: int) -> int:
+    """What a row of a batch takes while `generate` runs: keys and values of `length` tokens, prompt and answer, and its logits
+    (as they come, in fp32, as probabilities, summed in fp64, and as the draw leaves them)."""
+    config = model.base.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = torch.finfo(getattr(torch, model.base.dtype)).bits // 8
+    return 2 * length * config.num_hidden_layers * heads * head_size * size + config.vocab_size * (size + 4 + 4 + 8 + 4)
+
+
 def _generate_batch(
     model: RoleModel, ids: Tensor, attention: Tensor, roles: list[str | None], config: GenerationConfig, drawn: LogitsProcessorList
 ) -> Tensor:
