@@ -92,6 +92,8 @@ class RewardOptions(BaseOptions):
     lora: Lora = field(default_factory=Lora)
     head_learning_rate_scale: float = 5.0
     """The new scalar head learns this many times faster than the adapter."""
+    length_controlled: bool = False
+    """Learn what the length of answers does not explain already (see `length_weight` in training/reward.py)."""
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     """Goes to trl.RewardConfig untouched."""

@@ -271,8 +271,9 @@ def _came_of_it(stage: str, metrics: Mapping[str, Any]) -> str:
         return f"; perplexity of held-out answers {metrics['eval_perplexity_before']:.2f} -> {metrics['eval_perplexity']:.2f}"
     if "eval_accuracy" in metrics:
         interval = f"[{metrics['eval_accuracy_low']:.2f}, {metrics['eval_accuracy_high']:.2f}]"
-        longer = f"the longer answer wins in {metrics['eval_longer_wins']:.2f}"
-        return f"; accuracy {metrics['eval_accuracy']:.2f} {interval} on {metrics['eval_pairs']} held-out pairs ({longer})"
+        longer, correlation = metrics["eval_longer_wins"], metrics["eval_length_correlation"]
+        length = f"the longer answer wins in {longer:.2f}; margin and length correlate {correlation:.2f}"
+        return f"; accuracy {metrics['eval_accuracy']:.2f} {interval} on {metrics['eval_pairs']} held-out pairs ({length})"
     if stage == "ppo" and "last" in metrics:
         first, last = metrics["first"], metrics["last"]
         scores = f"{first['objective/score']:.2f} -> {last['objective/score']:.2f}"

@@ -150,6 +150,7 @@ def stood_in(files, tmp_path, monkeypatch):
                     "eval_accuracy_high": 0.8,
                     "eval_pairs": 9,
                     "eval_longer_wins": 0.5,
+                    "eval_length_correlation": 0.25,
                 }
             )
 
@@ -202,7 +203,13 @@ def test_stages_run_in_order_each_on_what_came_before(stood_in):
     assert given["ppo"]["training"]["max_steps"] == 96
     assert given["ppo"]["lora"].top_layers == 3
     assert result.report == "the report"
-    assert sum("accuracy 0.70 [0.60, 0.80] on 9 held-out pairs (the longer answer wins in 0.50)" in line for line in stood_in.said) >= 2
+    assert (
+        sum(
+            "accuracy 0.70 [0.60, 0.80] on 9 held-out pairs (the longer answer wins in 0.50; margin and length correlate 0.25)" in line
+            for line in stood_in.said
+        )
+        >= 2
+    )
     assert all(stage.seconds >= 0 and stage.peak_rss_mb > 0 for stage in result.stages[1:])
 
 

@@ -19,7 +19,7 @@ from instructlite.models.manifest import Adapter
 from instructlite.models.roles import RoleModel
 from instructlite.models.sampling import score
 from instructlite.training import reward
-from instructlite.training.reward import Collator, RewardRecipe, right_pairs, wilson
+from instructlite.training.reward import Collator, RewardRecipe, length_weight, right_pairs, wilson
 from instructlite.training.sft import SFTRecipe
 
 PAIRS = [{"prompt": f"Is {i} odd?", "chosen": "Yes" + "!" * (i % 4), "rejected": "No" + "?" * (i % 3)} for i in range(24)]
@@ -238,10 +238,37 @@ def test_it_learns_and_reports_what_it_learnt(tiny_path, tmp_path):
     assert metrics["eval_accuracy"] > 0.8
     assert (metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]) == wilson(right, 12)
     assert metrics["eval_longer_wins"] == pytest.approx(10 / 12)
+    lengths = [len(prompt) + len(answer) for prompt, answer in sequences(base_of(tiny_path), texts)]
+    pairs = [(i, i + 1) for i in range(0, 20, 2)] + [(20, 21), (20, 22), (21, 22)]
+    both_ways = torch.tensor([[scores[i] - scores[j], lengths[i] - lengths[j]] for a, b in pairs for i, j in ((a, b), (b, a))])
+    assert metrics["eval_length_correlation"] == pytest.approx(torch.corrcoef(both_ways.T)[0, 1].item(), abs=1e-4)
     assert metrics["score_mean"] == pytest.approx(fmean(scores), abs=1e-4)
     assert metrics["score_std"] == pytest.approx(pstdev(scores), abs=1e-4)
     assert metrics["train_accuracy"] > 0.7
     assert metrics["score_bias"] == adapter.manifest.score_bias
+
+
+def of_lengths(*pairs: tuple[int, int]) -> list[dict]:
+    """Comparisons of a better and a worse answer with so many tokens."""
+    return [{"responses_ids": [[1] * better, [1] * worse], "ranks": [0.0, 1.0]} for better, worse in pairs]
+
+
+def test_the_weight_of_length_is_that_of_a_logistic_regression():
+    """Of one slope and no intercept: three in four are won by the answer that is 4 tokens longer, so log 3 / 4 a token."""
+    assert length_weight(of_lengths(*[(8, 4)] * 30, *[(4, 8)] * 10)) == pytest.approx(math.log(3) / 4, rel=0.02)
+    assert length_weight(of_lengths((8, 4), (4, 8))) == pytest.approx(0, abs=1e-6)
+    assert 0 < length_weight(of_lengths((8, 4), (9, 2))) < 5, "finite where the longer one always wins"
+    assert length_weight(of_lengths((6, 6), (3, 3))) == 0
+
+
+@pytest.mark.parametrize("controlled", [True, False])
+def test_what_length_explains_is_learnt_only_where_it_is_not_controlled(controlled, tiny_path, tmp_path):
+    """Nothing but length tells these answers apart."""
+    rows = [{"prompt": f"Count {i}.", "chosen": "a" * (4 + i % 5), "rejected": "a" * (1 + i % 3)} for i in range(48)]
+    options = dict(data=rows, eval_data=rows[:12], length_controlled=controlled, training={"num_train_epochs": 4})
+    metrics = tiny_reward(tiny_path, **options).run(tmp_path / "r").metrics
+    assert ("length_weight" in metrics) == controlled
+    assert (metrics["eval_length_correlation"] > 0.8 and metrics["score_std"] > 0.5) != controlled
 
 
 def test_a_quantized_base_trains_a_reward_model_too(tiny_path, tmp_path, trainers):

@@ -347,11 +347,14 @@ class RoleModel(PeftModelForCausalLM):
         """(tokens, hidden): the state of a token is the column before it."""
         return self.hidden(batch.input_ids, batch.attention_mask, batch.lower)[:, batch.prompt_length - 1 : -1][batch.mask]
 
+    def value_pass(self, batch: ResponseBatch) -> Tensor:
+        """V before each valid response token, flat (tokens,)."""
+        with self.precision(), self.active(batch.value):
+            return self.scores(batch.value, self._response_states(batch))
+
     def _response_pass(self, batch: ResponseBatch) -> dict[str, Tensor]:
         log_probs, entropy = self.policy_pass(batch)
-        with self.precision(), self.active(batch.value):
-            values = self.scores(batch.value, self._response_states(batch))
-        return {"logps": log_probs, "entropy": entropy, "values": values}
+        return {"logps": log_probs, "entropy": entropy, "values": self.value_pass(batch)}
 
 
 @dataclass

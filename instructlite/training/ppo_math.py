@@ -115,13 +115,16 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Re
     return 1 - masked_variance(returns - values, mask, reduce) / masked_variance(returns, mask, reduce).clamp(min=1e-12)
 
 
-def ranking_loss(scores: Tensor, groups: Tensor, ranks: Tensor, center_coefficient: float = 0.0) -> tuple[Tensor, Tensor]:
+def ranking_loss(
+    scores: Tensor, groups: Tensor, ranks: Tensor, center_coefficient: float = 0.0, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """InstructGPT's reward loss (eq. 1) and the share of pairs ordered rightly.
 
     scores, groups, ranks: (answers,); answers of one prompt share a group number, a lower rank is better, ties make no
     pair. Per group -1/n_pairs * sum log sigmoid(s_better - s_worse), then the mean over groups that have a pair: every
     prompt counts once, however many answers it has. center_coefficient adds the mean of (s_better + s_worse)^2 in the
-    same weighting (Eisenstein 2023, arXiv:2312.09244).
+    same weighting (Eisenstein 2023, arXiv:2312.09244). known: (answers,), a bias that is added to the scores in the first term
+    only, so that they need not learn it.
     """
     better, worse = ((groups[:, None] == groups[None]) & (ranks[:, None] < ranks[None])).nonzero(as_tuple=True)
     if len(better) == 0:
@@ -129,7 +132,8 @@ def ranking_loss(scores: Tensor, groups: Tensor, ranks: Tensor, center_coefficie
     _, group_of, pairs = torch.unique(groups[better], return_inverse=True, return_counts=True)
     weight = 1 / (pairs[group_of] * len(pairs))
     margin = scores[better] - scores[worse]
-    loss = -(weight * logsigmoid(margin)).sum()
+    explained = 0.0 if known is None else known[better] - known[worse]
+    loss = -(weight * logsigmoid(margin + explained)).sum()
     if center_coefficient:
         loss = loss + center_coefficient * (weight * (scores[better] + scores[worse]) ** 2).sum()
     return loss, (margin > 0).float().mean()

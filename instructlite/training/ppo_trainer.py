@@ -324,21 +324,33 @@ class PPOTrainer(Checkpointing, Trainer):
     def compute_loss(self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
         """Clipped policy and value losses of one micro-batch; the token mean is that of the whole optimiser step."""
         args, micro, mask = self.args, self._micro, self._micro.mask
-        output = model(response=micro.batch(args.temperature, args.logp_chunk_size, entropy_grad=args.entropy_coef != 0))
-        logps, values = output["logps"], output["values"]
+        batch = micro.batch(args.temperature, args.logp_chunk_size, entropy_grad=args.entropy_coef != 0)
+        targets = (micro.values[mask], micro.returns[mask], args.cliprange_value)
+        if self.accelerator.num_processes == 1:
+            # Policy and value share no trained parameter: one after the other, their activations are never in memory together.
+            value, value_clipped = value_losses(self.unwrapped.value_pass(batch), *targets)
+            self.accelerator.backward(self._of_step(args.vf_coef * value))
+            value = value.detach()
+            logps, entropy = self.unwrapped.policy_pass(batch)
+        else:
+            output = model(response=batch)
+            logps, entropy = output["logps"], output["entropy"]
+            value, value_clipped = value_losses(output["values"], *targets)
         stored = micro.logps[mask]
         # By construction the ratio is exactly 1 in the first step; how far the recomputed log-probabilities are from the
         # stored ones is measured instead (a wrong mask, position or dropout shows there).
         old = logps.detach() if self._first_step else stored
         policy, policy_clipped = policy_losses(logps, old, micro.advantages[mask], args.cliprange)
-        value, value_clipped = value_losses(values, micro.values[mask], micro.returns[mask], args.cliprange_value)
-        tokens = policy + args.vf_coef * value - args.entropy_coef * output["entropy"]
-        loss = tokens.sum() / self._tokens * self.accelerator.num_processes  # DDP averages over processes
+        loss = self._of_step(policy + args.vf_coef * value - args.entropy_coef * entropy)
         # With several processes all must stop alike, and they do: this loss makes the averaged gradient not finite on each.
         if self.accelerator.num_processes == 1 and not torch.isfinite(loss):
             self.stop(f"the loss is {loss.item()}; nothing was updated. Lower learning_rate or check the reward")
-        self._note_losses(logps.detach(), old, stored, output["entropy"], policy, policy_clipped, value, value_clipped)
+        self._note_losses(logps.detach(), old, stored, entropy, policy, policy_clipped, value, value_clipped)
         return loss
+
+    def _of_step(self, losses: Tensor) -> Tensor:
+        """This micro-batch's share of the mean over all tokens of the optimiser step; losses: of its tokens, (tokens,)."""
+        return losses.sum() / self._tokens * self.accelerator.num_processes  # DDP averages over processes
 
     @torch.no_grad()
     def _note_losses(

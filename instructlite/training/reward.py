@@ -149,6 +149,8 @@ class RewardRecipe(Recipe, RewardOptions):
                 eval_dataset=Dataset.from_list(eval_groups) if eval_groups else None, processing_class=base.tokenizer,
             )  # fmt: skip
         trainer.head_learning_rate_scale = self.head_learning_rate_scale
+        if self.length_controlled:
+            trainer.length_weight = run.metrics["length_weight"] = length_weight(groups)
         run.watch(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
         run.metrics |= training_metrics(trainer)
@@ -199,11 +201,12 @@ class RewardRecipe(Recipe, RewardOptions):
         run.metrics |= {"score_bias": bias, "score_mean": fmean(spread), "score_std": pstdev(spread)}
         if held_out:
             right, pairs = right_pairs(by_group, held_out)
-            longer, _ = right_pairs([[len(ids) for ids in group["responses_ids"]] for group in held_out], held_out)
+            lengths = [[len(ids) for ids in group["responses_ids"]] for group in held_out]
+            longer, _ = right_pairs(lengths, held_out)
             low, high = wilson(right, pairs)
             run.metrics |= {
                 "eval_accuracy": right / pairs, "eval_accuracy_low": low, "eval_accuracy_high": high, "eval_pairs": pairs,
-                "eval_longer_wins": longer / pairs,
+                "eval_longer_wins": longer / pairs, "eval_length_correlation": length_correlation(by_group, lengths),
             }  # fmt: skip
         return bias
 
@@ -271,6 +274,7 @@ class RankingTrainer(Checkpointing, RewardTrainer):
     """
 
     head_learning_rate_scale = 1.0
+    length_weight = 0.0
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # tokenized already
@@ -283,7 +287,8 @@ class RankingTrainer(Checkpointing, RewardTrainer):
     ) -> Any:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits[:, 0].float()
-        loss, accuracy = ranking_loss(scores, inputs["groups"], inputs["ranks"], self.args.center_rewards_coefficient or 0.0)
+        lengths = self.length_weight * inputs["attention_mask"].sum(1)
+        loss, accuracy = ranking_loss(scores, inputs["groups"], inputs["ranks"], self.args.center_rewards_coefficient or 0.0, lengths)
         with torch.no_grad():
             measured = torch.stack([accuracy, scores.mean(), scores.std(), inputs["attention_mask"].sum().float()])
             accuracy, mean, std, tokens = self.accelerator.reduce(measured, "mean").tolist()
@@ -304,6 +309,27 @@ class RankingTrainer(Checkpointing, RewardTrainer):
         options = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
         optimizer.add_param_group({**options, "params": [head], "lr": self.args.learning_rate * self.head_learning_rate_scale})
         return optimizer
+
+
+def length_weight(groups: list[dict]) -> float:
+    """What one more token is worth by itself: w of the best fit of sigmoid(w * (tokens of the better - of the worse answer)).
+
+    The reward model then learns from score + w * tokens, and w is dropped: a product of experts, of which the biased one is
+    known beforehand (Clark 2019, arXiv:1909.03683). Without it a small reward model is mostly a measure of length (Singhal 2023,
+    arXiv:2310.03716), and a policy trained on it writes until it is cut off.
+    """
+    margins = torch.tensor([
+        float(len(group["responses_ids"][better]) - len(group["responses_ids"][worse]))
+        for group in groups
+        for better, worse in permutations(range(len(group["ranks"])), 2)
+        if group["ranks"][better] < group["ranks"][worse]
+    ])  # fmt: skip
+    scale, w = margins.std(unbiased=False).clamp(min=1.0), torch.zeros(())
+    x = margins / scale
+    for _ in range(50):  # Newton; a weak prior keeps w finite where the longer answer always wins
+        share = torch.sigmoid(w * x)
+        w = w + (((1 - share) * x).mean() - 1e-3 * w) / ((share * (1 - share) * x * x).mean() + 1e-3)
+    return (w / scale).item()
 
 
 def mean_over_steps(metric: str, logs: list[dict[str, Any]]) -> float:
@@ -341,6 +367,17 @@ def right_pairs(values: list[Sequence[float]], groups: list[dict]) -> tuple[floa
                 pairs += 1
                 right += 0.5 * ((value[better] > value[worse]) + (value[better] >= value[worse]))
     return right, pairs
+
+
+def length_correlation(scores: list[list[float]], lengths: list[list[int]]) -> float:
+    """Correlation of the differences in score with those in length, over all pairs of answers to one prompt; 0 where none varies."""
+    differences = [
+        (score[i] - score[j], length[i] - length[j])
+        for score, length in zip(scores, lengths, strict=True)
+        for i, j in permutations(range(len(score)), 2)  # both ways round, so that the means are 0
+    ]
+    x, y = torch.tensor(differences, dtype=torch.float64).T
+    return (x @ y / (x.norm() * y.norm()).clamp(min=1e-12)).item()
 
 
 def wilson(right: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
