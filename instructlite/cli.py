@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at data files, and generate data.")
 app.add_typer(data_app, name="data")
 
 RESUME = "Let a stage that was interrupted go on from its last checkpoint."
@@ -133,6 +133,66 @@ def data_check(
         print(report)
     if any(report.problems for report in reports):
         raise typer.Exit(2)
+
+
+@data_app.command("generate")
+def data_generate(
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="self-instruct, evol-instruct, constitutional, ai-preferences or rejection-sampling.")
+    ],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="JSONL files: seed tasks, prompts, or answers to compare.")],
+    model: Annotated[str, typer.Option(help="Who writes: a base, an adapter's directory, or the model's name at --base-url.")],
+    output: Annotated[Path, typer.Option(help="The directory; the same command again goes on where it was stopped.")],
+    base_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="An OpenAI-compatible endpoint, http://127.0.0.1:8000/v1; 'openai' is OpenAI's own.")
+    ] = None,
+    key_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="The environment variable that holds the endpoint's key.")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, such as count=500, rounds=3, revisions=2 or n=8."),
+    ] = None,
+    reward: Annotated[Path | None, typer.Option(help="The reward adapter of rejection-sampling.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A YAML file in place of the method's own prompts.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all chance.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Of what is written; judgements are asked at 0.", min=0)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Of one answer.", min=1)] = 512,
+    parallel: Annotated[int, typer.Option(help="Requests at once; of a model in memory, rows of a batch.", min=1)] = 8,
+    requests_per_minute: Annotated[float | None, typer.Option(help="The endpoint's limit.", min=0.01)] = None,
+    tokens_per_minute: Annotated[float | None, typer.Option(help="The same in tokens.", min=1)] = None,
+    max_requests: Annotated[int | None, typer.Option(help="Stop there; all runs into this directory count.", min=0)] = None,
+    max_total_tokens: Annotated[int | None, typer.Option(help="The same in tokens.", min=0)] = None,
+    max_cost: Annotated[float | None, typer.Option(help="The same in money; needs prices.", min=0)] = None,
+    input_price: Annotated[float, typer.Option(help="For a million tokens of prompts.", min=0)] = 0.0,
+    output_price: Annotated[float, typer.Option(help="For a million tokens of answers.", min=0)] = 0.0,
+) -> None:
+    """Have a model write data: new tasks, harder tasks, revised answers, preferences, or the best of several answers."""
+    from .config import parse_override
+    from .data.completer import Budget, Endpoint
+    from .data.synthetic import generate
+
+    given = {key: value for option in options or [] for key, value in parse_override(option).items()}
+    budget = Budget(
+        max_requests=max_requests, max_tokens=max_total_tokens, max_cost=max_cost, input_price=input_price, output_price=output_price
+    )
+    limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+    if base_url is not None:
+        completer = Endpoint(model, None if base_url == "openai" else base_url, key_env=key_env, parallel=parallel, **limits)
+    if base_url is None or reward is not None:
+        from .models.completer import LocalCompleter, load_scorer
+        from .training.recipe import quiet_libraries
+
+        quiet_libraries()
+        completer = LocalCompleter.load(model, reward=reward, batch_size=parallel) if base_url is None else completer
+        given |= {"score": load_scorer(reward, completer)} if reward else {}
+    try:
+        result = generate(
+            method, files, completer, output, prompts=prompts, budget=budget, seed=seed, temperature=temperature,
+            max_tokens=max_tokens, **given,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"\ninstructlite: stopped; what was answered is kept in {output}, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    print(f"{result}\n\nWritten: {output}")
 
 
 @app.command()
