@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,10 +19,12 @@ from ..data.pairwise import Pair, Verdicts, verdict_in
 from ..data.templates import Prompts, read_prompts, transcript
 from ..errors import InstructLiteError
 from ..models.manifest import Adapter
-from ..models.roles import RoleModel
-from ..models.sampling import Progress, score
-from ..models.sampling import Sequence as Tokens
 from . import statistics
+
+if TYPE_CHECKING:
+    from ..models.roles import RoleModel
+    from ..models.sampling import Progress
+    from ..models.sampling import Sequence as Tokens
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class RewardJudge:
 
     def scores(self, model: RoleModel, sequences: list[Tokens], *, batch_size: int = 32, progress: Progress | None = None) -> np.ndarray:
         """One score for each (prompt ids, answer ids), read at the answer's last token, as PPO reads its reward model."""
+        from ..models.sampling import score  # an endpoint judges without torch
+
         scores = score(model, self.role, sequences, batch_size=batch_size, progress=progress).double().numpy()
         if not np.isfinite(scores).all():
             raise InstructLiteError(f"{self.adapter}: its scores are not finite; train the reward model again")
