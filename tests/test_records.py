@@ -11,7 +11,7 @@ import tracemalloc
 import datasets
 import pytest
 
-from instructlite.data import records
+from instructlite.data import containers
 from instructlite.data.records import as_groups, check_file, data_hash, read_records, split_by_prompt, write_records
 from instructlite.data.schema import KINDS
 from instructlite.errors import BadRecords, InstructLiteError
@@ -205,9 +205,9 @@ WHOLE_FILE_FAULTS = {
     "empty": (b"", "the file has no rows"),
     "only blank lines": (b"\n \n\r\n", "the file has no rows"),
     "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "is UTF-16"),
-    "Parquet": (b"PAR1\x15\x04\x15", "is a Parquet file"),
+    "Parquet": (b"PAR1\x15\x04\x15", "the Parquet file is damaged"),
     "gzip": (gzip.compress(b'{"text": "a"}\n'), "is gzip"),
-    "JSON array": (b'\n [{"text": "a"}]\n', "is a JSON array"),
+    "empty JSON array": (b"\n [ ]\n", "the file has no rows"),
 }
 
 
@@ -322,9 +322,9 @@ def test_the_kind_is_told_even_after_many_broken_rows(jsonl):
 
 
 def test_keys_that_fit_no_kind_get_the_list_of_kinds(jsonl):
-    report = check_file(jsonl({"instruction": "a", "output": "b"}))
+    report = check_file(jsonl({"headline": "a", "body": "b"}))
     assert report.kind is None
-    assert "'instruction', 'output' fit no kind" in report.problems[0] and "demonstrations (messages)" in report.problems[0]
+    assert "'headline', 'body' fit no kind" in report.problems[0] and "demonstrations (messages)" in report.problems[0]
 
 
 def test_a_wanted_kind_is_held_against_the_file(jsonl):
@@ -558,7 +558,7 @@ def test_whatever_a_line_holds_it_is_a_row_or_a_problem_and_never_a_traceback(js
     rng = random.Random(kind)
     good = [
         json.loads(text)
-        for text in (records.STARTER / records._STARTER_FILES.get(kind, f"{kind}.jsonl")).read_text("utf-8").split("\n")[:40]
+        for text in (containers.STARTER / containers._STARTER_FILES.get(kind, f"{kind}.jsonl")).read_text("utf-8").split("\n")[:40]
         if text
     ]
     lines = []
