@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,8 @@ from .training.interrupt import Interruption
 from .training.work import is_main_process, launched
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from rich.table import Table
 
     from .config import Loop
@@ -118,21 +120,66 @@ def show_recipes(
 
 @data_app.command("check")
 def data_check(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="JSONL files.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE", help="JSONL, JSON, CSV or Parquet; a directory of these; a data set on the Hub, owner/name:split."),
+    ],
     kind: Annotated[
         str | None, typer.Option(help="demonstrations, comparisons, rankings, prompts or texts.", show_default="told from the keys")
     ] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="Which keys rows have: messages, alpaca, sharegpt, hh-rlhf, likert, ...", show_default="told from the keys"
+        ),
+    ] = None,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the clean rows here, and the others with their reasons into rejected.jsonl.")
+    ] = None,
+    heldout: Annotated[str | None, typer.Option(metavar="FILE", help="A file whose prompts must not be in the others.")] = None,
+    scale: Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="What Likert scores may be, such as 1:7.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help="Count tokens with this model's tokenizer.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Name rows of more tokens; needs --tokenizer.")] = None,
+    keep_repeats: Annotated[
+        bool, typer.Option("--keep-repeats", help="Rows that repeat or contradict another stay in the clean copy.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are problems too.")] = False,
 ) -> None:
-    """Name every broken line of JSONL files; exit code 2 if there is one."""
-    from .data.records import KINDS, check_file
+    """Name every broken row of data files by file and line; exit code 2 if there is one. The files stay as they are."""
+    from .data.check import Options, check_files
 
-    if kind not in (None, *KINDS):
-        raise InstructLiteError(f"--kind {kind}: choose {', '.join(KINDS)}")
-    reports = [check_file(file, kind) for file in files]
+    options = Options(kind, format_, heldout, _scale(scale), tokenizer, max_length, strict, keep_repeats)
+    with _counting() as progress:
+        reports = check_files(files, options, fix, progress)
     for report in reports:
         print(report)
+    if fix:
+        kept, rejected = (sum(getattr(report, name) for report in reports) for name in ("rows", "rejected"))
+        print(f"{kept + rejected:,} rows in = {kept:,} kept + {rejected:,} rejected; written to {fix}")
     if any(report.problems for report in reports):
+        if not fix:
+            print("--fix DIR writes the rows that can be kept, and the others with their reasons.")
         raise typer.Exit(2)
+
+
+def _scale(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        raise InstructLiteError(f"--scale {text}: expected the least and the highest score, such as 1:7") from None
+    return low, high
+
+
+@contextmanager
+def _counting() -> "Iterator[Callable[[str, int], None]]":
+    """Rows read so far, on a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("reading") as status:
+        yield lambda file, count: status.update(f"{file}: {count:,} rows")
 
 
 @app.command()

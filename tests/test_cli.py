@@ -165,9 +165,9 @@ def test_data_check_of_a_good_file_exits_0(run_cli, tmp_path):
     good = tmp_path / "good.jsonl"
     good.write_text('{"prompt": "a", "completion": "b"}\n')
     result = run_cli("data", "check", good)
-    assert (result.code, result.out) == (0, f"{good}: 1 demonstrations, no problems\n")
+    assert (result.code, result.out) == (0, f"{good}: 1 rows in = 1 kept + 0 rejected: demonstrations (prompt-completion), no problems\n")
     assert run_cli("data", "check", good, "--kind", "rankings").code == 2
-    assert "choose demonstrations" in run_cli("data", "check", good, "--kind", "ranking").err
+    assert "no kind of record: demonstrations" in run_cli("data", "check", good, "--kind", "ranking").err
 
 
 def test_faults_in_training_data_are_told_with_what_did_not_happen(run_cli, tmp_path):

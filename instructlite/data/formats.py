@@ -24,7 +24,7 @@ from pathlib import Path
 from ..errors import InstructLiteError
 from .containers import Entries, entries
 from .layouts import FORMATS, LAYOUTS, Layout, best_layout, check, join, layout_named, normalise
-from .schema import KINDS, Fault, has_controls
+from .schema import Fault, has_controls
 
 MAX_JOINED = 1000  # rows that become one ranking or tree; more is a file that is not what it seems
 
@@ -59,8 +59,6 @@ def rows(source: str | Path, kind: str | None = None, format: str | None = None)
 
     A fault of the whole file (no rows, cannot be read, UTF-16, ...) is a Fault with line 0 and `rows` 0.
     """
-    if kind not in (None, *KINDS):
-        raise InstructLiteError(f"'{kind}' is no kind of record: {', '.join(KINDS)}")
     if format not in (None, *FORMATS):
         raise InstructLiteError(f"'{format}' is no format of rows: {', '.join(FORMATS)}")
     file, empty = str(source), True
@@ -80,6 +78,7 @@ def rows_in_memory(items: Iterable[object], kind: str | None = None, start: int 
 def _converted(file: str, read: Entries, kind: str | None, format: str | None) -> Iterator[Row | Fault]:
     head = list(itertools.islice(read, 32))  # the kind is told from several rows, since the first may be the broken one
     layout = _layout_of((row for _, row in head), kind, format)
+    told = False  # the kinds there are, once
     held: list[tuple[int, Mapping]] = []  # rows that a layout with `join` reads together
     for number, row in itertools.chain(head, read):
         try:
@@ -87,8 +86,9 @@ def _converted(file: str, read: Entries, kind: str | None, format: str | None) -
             if layout is None:
                 layout = best_layout(row, kind)
             if layout is None:
-                known = "; ".join(dict.fromkeys(map(str, LAYOUTS)))
-                raise Fault(f"the keys {', '.join(map(repr, list(row)[:8]))} fit no kind of record (known: {known})")
+                known = "" if told else f" (known: {'; '.join(dict.fromkeys(map(str, LAYOUTS)))})"
+                told = True
+                raise Fault(f"the keys {', '.join(map(repr, list(row)[:8]))} fit no kind of record{known}")
             if not layout.join:
                 for place, record in enumerate(normalise(row, layout)):
                     yield Row(file, number, layout.kind, layout.name, record, row, rows=int(place == 0))

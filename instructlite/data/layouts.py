@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .schema import Fault, answer, check_characters, expect, found, messages, nearest, number, printable, prompt_of, text
+from .schema import Fault, annotator_of, answer, check_characters, expect, found, messages, nearest, number, printable, prompt_of, text
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-_CONTROL_TOKEN = re.compile(r"<\|[\w ]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
+CONTROL_TOKEN = re.compile(r"<\|[\w ]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def others(row: Mapping, layout: Layout, fields: Mapping) -> dict:
 
 def plain(value: str) -> list[str]:
     """The words of an answer, for telling whether two are the same: white space and control tokens aside."""
-    return _CONTROL_TOKEN.sub(" ", value).split()
+    return CONTROL_TOKEN.sub(" ", value).split()
 
 
 def _check_keys(row: Mapping, layout: Layout) -> None:
@@ -268,9 +268,9 @@ def _ranked(prompt: list[dict], responses: object, values: list, name: str) -> d
 
 def _from_scored_answers(rows: list[Mapping]) -> list[tuple[dict, list[Mapping]]]:
     """Likert, an answer a row: those of one prompt and annotator are one ranking."""
-    by_annotator: dict[str, list[Mapping]] = {}
+    by_annotator: dict[str | None, list[Mapping]] = {}
     for row in rows:
-        by_annotator.setdefault(str(row.get("annotator")), []).append(row)
+        by_annotator.setdefault(annotator_of(row), []).append(row)
     joined = []
     for members in by_annotator.values():
         if len(members) < 2:
@@ -381,8 +381,8 @@ LAYOUTS = (
     Layout("rankings", "rankings", ("prompt", "responses", "ranks"), _ranking),
     Layout("order", "rankings", ("prompt", "responses", "ranking"), _from_order, when=_holds("ranking")),
     Layout("likert", "rankings", ("prompt", "responses", "scores"), _from_scores, when=_holds("scores")),
-    Layout("prompt", "prompts", ("prompt",), lambda row: {"prompt": prompt_of(row)}),
-    Layout("text", "texts", ("text",), lambda row: {"text": text(row["text"], "'text'")}),
+    Layout("prompts", "prompts", ("prompt",), lambda row: {"prompt": prompt_of(row)}),
+    Layout("texts", "texts", ("text",), lambda row: {"text": text(row["text"], "'text'")}),
     Layout("alpaca", "demonstrations", ("instruction", "output"), _from_alpaca, ("input", "system", "history")),
     Layout("alpaca-pairs", "comparisons", ("instruction", "chosen", "rejected"), _from_alpaca_pair, ("input", "system", "history")),
     Layout("dolly", "demonstrations", ("instruction", "response"), _from_dolly, ("context", "system", "history")),

@@ -1,8 +1,7 @@
-"""Demonstrations, comparisons, rankings, prompts and texts: read, checked, split, written.
+"""Demonstrations, comparisons, rankings, prompts and texts: whole files for training, split, written.
 
-A JSONL file is read line by line with the standard library's json, because what lies above it names no line and lets numbers,
-nulls, empty answers and repeated keys through. Every fault is reported as `file:line: what is wrong (what to do)`, all at once,
-before any model is loaded. Deduplicating, filtering and personal data are not done here: rows in, rows out.
+formats.py reads and checks; here nothing is returned if one row is bad, so that nothing is trained on what is left of a file.
+Deduplicating, filtering and personal data are not done here: rows in, rows out.
 """
 
 import hashlib
@@ -10,56 +9,23 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import BadRecords, InstructLiteError
-from .formats import Fault, Row, rows, rows_in_memory
-from .schema import KINDS, Kind
+from .formats import rows, rows_in_memory
+from .schema import KINDS, Fault, Kind
 
 MAX_BAD_ROWS = 1000  # a file with more is the wrong file: reading stops, and memory stays bounded
 
-NORMAL_KEYS = {
-    "demonstrations": {"prompt", "completion"},
-    "comparisons": {"prompt", "chosen", "rejected"},
-    "rankings": {"prompt", "responses", "ranks"},
-    "prompts": {"prompt"},
-    "texts": {"text"},
-}
-
 Source = str | Path | Iterable
-
-
-@dataclass
-class FileReport:
-    """What `check_file` found; printed, it is what `instructlite data check` shows."""
-
-    path: str
-    kind: str | None = None
-    """None: no row's keys fit any kind."""
-    rows: int = 0
-    """Rows without a fault."""
-    problems: list[str] = field(default_factory=list)
-    """`file:line: what`, one for each bad row, or `file: what`."""
-    notes: list[str] = field(default_factory=list)
-    """What is worth knowing but stops nothing: extra keys, repeated rows."""
-
-    def __str__(self) -> str:
-        found = f"{len(self.problems):,} problem{'s' if len(self.problems) > 1 else ''}" if self.problems else "no problems"
-        lines = [f"{self.path}: {self.rows:,} {self.kind or 'rows'}, {found}"]
-        lines += str(BadRecords(self.problems)).splitlines() if self.problems else []
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
 def read_records(source: Source, kind: Kind | None = None) -> list[dict]:
     """Every record of `source` in the normal form of its kind, other columns kept; nothing at all if one row is bad.
 
-    `source`: the path of a JSONL file, "starter" (needs `kind`), a data set on the Hub (`owner/name`, `owner/name:split`), rows,
-    or a list of these. `kind` None: told from the keys, for each file by itself.
-
-    The normal forms: demonstration {prompt, completion}, comparison {prompt, chosen, rejected}, ranking {prompt, responses, ranks;
-    lowest best}, prompt {prompt}, text {text}. A prompt is a list of messages that ends with the user; all else is text.
+    `source`: whatever `formats.rows` reads (files, directories, data sets of the Hub, "starter"), rows, or a list of these. `kind` None:
+    told from the keys, for each file by itself. The normal forms stand in layouts.py.
 
     Raises BadRecords with all problems.
     """
@@ -69,14 +35,17 @@ def read_records(source: Source, kind: Kind | None = None) -> list[dict]:
     records: list[dict] = []
     problems: list[str] = [] if sources else ["rows: there are none"]
     for number, item in enumerate(sources, 1):
-        if isinstance(item, (str, Path)):
-            report = FileReport(str(item), kind)
-            records += _scan(rows(item, kind), report)
-            problems += report.problems
-        else:  # rows in memory may mix kinds (comparisons and rankings), so each is taken for what its own keys say
-            report = FileReport("rows", kind)
-            records += _scan(rows_in_memory([item], kind, number), report)
-            problems += report.problems
+        in_file = isinstance(item, (str, Path))  # rows in memory may mix kinds, so each is taken for what its own keys say
+        file_problems: list[str] = []
+        for row in rows(item, kind) if in_file else rows_in_memory([item], kind, number):
+            if not isinstance(row, Fault):
+                records.append(row.record)
+                continue
+            file_problems.append(row.problem)
+            if len(file_problems) == MAX_BAD_ROWS:
+                file_problems.append(f"{item}: stopped after {MAX_BAD_ROWS} bad rows")
+                break
+        problems += file_problems
     if problems:
         raise BadRecords(problems)
     return records
@@ -88,16 +57,6 @@ def read_ptx(source: Source) -> list[dict]:
     if other := next((row for row in rows if "text" not in row and "completion" not in row), None):
         raise InstructLiteError(f"ptx_data: texts or demonstrations are wanted, and one row has the keys {', '.join(other)}")
     return rows
-
-
-def check_file(path: str | Path, kind: Kind | None = None) -> FileReport:
-    """Read a JSONL file once, in bounded memory, and report its kind, rows, problems and notes."""
-    report = FileReport(str(path), kind)
-    repeats = _Repeats()
-    for record in _scan(rows(path, kind), report):
-        repeats.add(record)
-    report.notes += repeats.notes()
-    return report
 
 
 def as_groups(records: Iterable[Mapping]) -> list[dict]:
@@ -161,51 +120,6 @@ def data_hash(records: Iterable[Mapping]) -> str:
     for record in records:
         digest.update(json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _scan(items: Iterable[Row | Fault], report: FileReport) -> Iterator[dict]:
-    """The good rows in normal form; faults, kind and notes go into the report."""
-    extra: dict[str, None] = {}
-    cleaned = 0
-    for item in items:
-        if isinstance(item, Fault):
-            report.problems.append(item.problem)
-            if len(report.problems) >= MAX_BAD_ROWS:
-                report.problems.append(f"{report.path}: stopped after {MAX_BAD_ROWS} bad rows")
-                return
-            continue
-        report.kind = item.kind
-        report.rows += 1
-        cleaned += item.cleaned
-        if len(extra) < 20:
-            extra.update(dict.fromkeys(map(str, item.record.keys() - NORMAL_KEYS[item.kind])))
-        yield item.record
-    if extra:
-        report.notes.append(f"extra keys kept: {', '.join(sorted(extra))}")
-    if cleaned:
-        report.notes.append(f"rows with control characters, which are taken out: {cleaned:,}")
-
-
-class _Repeats:
-    """Counts copied rows, and pairs that prefer the other way round, among the first million."""
-
-    def __init__(self) -> None:
-        self.seen: set[int] = set()
-        self.copies = self.contradictions = 0
-
-    def add(self, record: Mapping) -> None:
-        if len(self.seen) >= 1_000_000:
-            return
-        prompt, pair = record.get("prompt"), (record.get("chosen"), record.get("rejected"))
-        others = [record.get(key) for key in ("completion", "responses", "ranks", "text")]
-        key, swapped = (hash(json.dumps([prompt, sides, others])) for sides in (pair, pair[::-1]))
-        self.copies += key in self.seen
-        self.contradictions += swapped in self.seen and swapped != key
-        self.seen.add(key)
-
-    def notes(self) -> list[str]:
-        counts = {"rows that repeat an earlier one": self.copies, "pairs that contradict an earlier one": self.contradictions}
-        return [f"{what}: {count:,}" for what, count in counts.items() if count]
 
 
 def opening(record: Mapping) -> str:

@@ -14,6 +14,7 @@ Kind = Literal["demonstrations", "comparisons", "rankings", "prompts", "texts"]
 KINDS: tuple[str, ...] = get_args(Kind)
 ROLES = ("system", "user", "assistant")
 MAX_DEPTH = 50
+ANNOTATOR_KEYS = ("annotator", "annotator_id", "labeler", "labeller", "worker", "worker_id")
 
 _FOREIGN_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 _TYPE_NAMES = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object", bytes: "bytes"}
@@ -161,3 +162,8 @@ def check_characters(row: Mapping) -> None:
 def has_controls(value: object) -> bool:
     """True if there are control characters (NUL and the like) in a JSON value; the normal form leaves them out."""
     return any(_CONTROL.search(part) for part in texts_in(value))
+
+
+def annotator_of(record: Mapping) -> str | None:
+    """Who judged or wrote the row, by the first of the usual columns that is filled."""
+    return next((str(record[key]) for key in ANNOTATOR_KEYS if record.get(key) not in (None, "")), None)
