@@ -97,10 +97,10 @@ LONG = "Here is a long passage about rivers and the towns on them, which is the 
         (answer("What is the capital of France?", "Paris."), answer("What is the capital of Spain?", "Madrid."), False),
         (answer(f"{LONG} Which river?", "The Rhine"), answer(f"{LONG} Which town?", "Basel"), False),  # one long prompt, other answers
         (answer("Why?", f"{LONG}"), answer("How do I bake bread at home?", f"{LONG}"), False),  # one long answer, other prompts
-        (pair("Why is the sky blue?", "Rayleigh scatters light.", "No idea."), pair("Why is the sky blue?", "No idea.", "Rayleigh scatters light."), False),
+        (pair("Why is the sky blue?", "Light scatters.", "No idea."), pair("Why is the sky blue?", "No idea.", "Light scatters."), False),
         (pair("Hi", "a b c", "d e f", annotator="ann"), pair("Hi", "a b c", "d e f", annotator="bob"), False),  # two votes
         (answer("Who?", "me"), pair("Who?", "me", "you"), False),
-        (answer("东京是哪个国家的首都?请回答。", "东京是日本的首都。"), answer("东京是哪个国家的首都?请您回答。", "东京是日本的首都。"), True),
+        (answer("东京是哪个国家的首都请回答", "是日本的首都"), answer("东京是哪个国家的首都请您回答", "是日本的首都"), True),
     ],
 )  # fmt: skip
 def test_what_a_near_duplicate_is(first, second, repeats):

@@ -37,7 +37,7 @@ def test_planted_leaks_are_all_found_and_nothing_else():
         ("What is the capital of France?", "Hm. What is the capital of France?", True),
         ("What is the capital of France?", "What is the capital of Spain?", False),
         ("What is the capital of France?", "Essay. " + "filler words " * 30 + "what is the capital of France", False),
-        ("How many planets are there in our own solar system today", "How many planets are there in our old solar system today", True),
+        ("How many planets are there in our own solar system today", "How many planets are there in our own solar system now", True),
         ("a b c d e f g h i j k l m n o p q r s t", "x " * 50 + "a b c d e f g h i j" + " y" * 50, True),
         ("a b c d e f g h i j k l m n o p q r s t", "x " * 50 + "a b c d e f g h" + " y" * 50, False),
     ],

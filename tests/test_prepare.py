@@ -102,8 +102,11 @@ def test_the_report_is_a_page_without_scripts_that_a_person_can_read(starter):
 
 def broken_files(tmp_path):
     """One of everything that a step finds, and rows that are fine."""
-    good = [{"prompt": f"Tell me about the {thing} of old, please", "completion": f"The {thing} was long and {thing} again.", "annotator": "ann",
-             "created": "2026-01-02", "age": 40, "flags": {"harmful": False}} for thing in ("war", "peace", "sea", "moon", "rye", "oak")]  # fmt: skip
+    about = {"annotator": "ann", "created": "2026-01-02", "age": 40, "flags": {"harmful": False}}
+    things = ("war", "peace", "sea", "moon", "rye", "oak")
+    good = [
+        {"prompt": f"Tell me about the {it} of old, please", "completion": f"The {it} was long and {it} again.", **about} for it in things
+    ]
     bad = [
         good[0],
         {**good[1], "completion": "The peace was long and peace once again."},
@@ -131,7 +134,8 @@ def test_each_step_rejects_its_own(tmp_path):
     report = prepare(files, tmp_path / "out", evaluation=(str(tmp_path / "evaluation.jsonl"),), **ALL)
     check_counts(report, tmp_path / "out")
     assert {step.name: sum(step.rejected.values()) for step in report.steps if step.rejected} == {
-        "read": 3, "personal data": 1, "exact duplicates": 1, "length": 2, "language": 1, "quality": 2, "evaluation leaks": 1, "near-duplicates": 1,
+        "read": 3, "personal data": 1, "exact duplicates": 1, "length": 2, "language": 1, "quality": 2, "evaluation leaks": 1,
+        "near-duplicates": 1,
     }  # fmt: skip
     rejected = lines(tmp_path / "out" / "rejected.jsonl")
     assert all(row["file"] == str(files[0]) and row["line"] > 0 and row["reason"] for row in rejected)
