@@ -77,14 +77,25 @@ def test_lightly_edited_copies_are_found_and_little_else(kind):
     assert repeats[: len(samples)].sum() <= 3
 
 
-def test_near_duplicates_and_what_they_repeat_lie_in_one_cluster():
+def clusters_of(samples: list[Sample], near: bool = True) -> np.ndarray:
+    prints = printed(samples, near)
+    return prompt_clusters(prints, near_duplicates(prints, 0.75))
+
+
+def test_what_is_nearly_the_same_lies_in_one_cluster():
     samples, rng = starter("demonstrations"), random.Random(4)
-    prints = printed([*samples, *(lightly_edited(sample, rng) for sample in samples[:100])])
-    clusters, earlier = prompt_clusters(prints), near_duplicates(prints, 0.75)
-    apart = np.flatnonzero(clusters != clusters[earlier])
-    # Of a short prompt with a typo less may be left than LIKE_PROMPTS wants; as near-duplicates such rows go anyway.
-    assert len(apart) <= 3
-    assert (clusters <= np.arange(len(clusters))).all()
+    planted = [lightly_edited(sample, rng) for sample in samples]
+    prints = printed([*samples, *planted])
+    earlier = near_duplicates(prints, 0.75)
+    clusters = prompt_clusters(prints, earlier)
+    assert (clusters == clusters[earlier]).all()
+    # Lightly edited prompts with other answers are no near-duplicates, but stay with theirs unless they are very short.
+    for number, sample in enumerate(planted):
+        sample.record["completion"] = samples[number - 7].record["completion"]
+    clusters = clusters_of([*samples, *planted])
+    apart = [sample.prompt for number, sample in enumerate(planted) if clusters[len(samples) + number] != clusters[number]]
+    assert len(apart) < 0.2 * len(planted)
+    assert all(len(words_of(prompt)) < 15 for prompt in apart)
 
 
 LONG = "Here is a long passage about rivers and the towns on them, which is the same each time and longer than any answer could be. " * 3
@@ -108,20 +119,19 @@ def test_what_a_near_duplicate_is(first, second, repeats):
 
 
 def test_many_alike_rows_all_repeat_the_first():
-    assert set(near_duplicates(printed([answer("What is this thing?", f"A thing it is. {i}") for i in range(500)]), 0.75)) == {0}
+    assert set(near_duplicates(printed([answer("What is this thing?", f"{LONG} {i}") for i in range(500)]), 0.75)) == {0}
 
 
 def test_conversations_that_open_alike_stay_together_without_signatures_too():
     samples = [answer("Hello  there", "a"), answer("Bye", "b"), answer("hello there", "c")]
     samples[2].record["prompt"] += [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "What is new?"}]
-    assert prompt_clusters(printed(samples, near=False)).tolist() == [0, 1, 0]
+    assert clusters_of(samples, near=False).tolist() == [0, 1, 0]
 
 
 def test_clusters_hang_together_through_others():
     base = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     chain = [" ".join([*base[:-1], f"x{i}"] if i == 0 else [*base[i:], *(f"y{j}" for j in range(i))]) for i in range(3)]
-    prints = printed([answer(text, "a") for text in chain])
-    clusters = prompt_clusters(prints)
+    clusters = clusters_of([answer(text, "a") for text in chain])
     assert clusters[1] == clusters[2]
 
 

@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from instructlite.cli import PREPARE_OPTIONS, app, main
+from instructlite.data.containers import STARTER
 from instructlite.data.duplicates import folded
 from instructlite.data.prepare import PrepareOptions, prepare
-from instructlite.data.records import STARTER, opening, read_records, write_records
+from instructlite.data.records import opening, read_records, write_records
 from instructlite.errors import InstructLiteError
 
 pytest.importorskip("rensa")

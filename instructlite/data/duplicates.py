@@ -128,13 +128,14 @@ def near_duplicates(prints: Fingerprints, threshold: float) -> np.ndarray:
     return earlier
 
 
-def prompt_clusters(prints: Fingerprints) -> np.ndarray:
+def prompt_clusters(prints: Fingerprints, earlier: np.ndarray) -> np.ndarray:
     """For each row the number of its cluster, which is that of the cluster's first row.
 
-    In one cluster: rows whose conversations open alike, rows with one prompt, rows whose prompts are alike (LIKE_PROMPTS), and what
-    hangs together through these.
+    In one cluster: near-duplicates (`earlier`), rows whose conversations open alike, rows with one prompt, rows whose prompts are alike
+    (LIKE_PROMPTS), and what hangs together through these.
     """
     joined = Unions(len(prints))
+    joined.join(np.arange(len(prints)), earlier)
     for keys in (prints.openings, prints.prompts):
         late, early = _neighbours(np.frombuffer(keys, np.uint64))
         joined.join(late, early)

@@ -209,8 +209,8 @@ class Preparation:
     def _decide(self, tally: Tally) -> "Decisions":
         options, prints = self.options, self.prints
         self.progress("near-duplicates", 0)
-        clusters = prompt_clusters(prints)
         earlier = near_duplicates(prints, options.near_duplicates)
+        clusters = prompt_clusters(prints, earlier)
         kept = earlier == np.arange(len(prints))
         kinds = np.array(prints.kinds)
         self._agreement(kept & (kinds == KINDS.index("comparisons")))

@@ -25,7 +25,7 @@ _RESIDUE_HINT = re.compile(r"[<\[#{]|Human:|Assistant:")  # three times as fast,
 _REFUSAL = re.compile(
     r"\b(?:i(?: am|'m| apologi[sz]e)(?: very| so)?(?: sorry| afraid)?[,.]? ?(?:but )?(?:that )?"
     r"i (?:can ?not|can't|won't|am unable to|am not able to)"
-    r"|i (?:can ?not|can't|won't|am unable to|'m unable to|am not able to|'m not able to) "
+    r"|i(?: can ?not| can't| won't| am unable to|'m unable to| am not able to|'m not able to) "
     r"(?:help|assist|provide|answer|do that|comply|fulfil|give you|tell you|support|engage|discuss|create|generate)"
     r"|i(?:'m| am) (?:sorry|afraid),? (?:but )?(?:that )?(?:i|this|that)(?:'m| am|'s| is)? not (?:able|something|allowed|appropriate)"
     r"|as an ai(?: language)?(?: model| assistant)?,? (?:i|it)\b)",
