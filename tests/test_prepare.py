@@ -23,7 +23,7 @@ PREFERENCES = ("comparisons", "rankings")
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]  # splitlines would cut at a U+2028
 
 
 def check_counts(report, directory):
