@@ -4,6 +4,7 @@ A file is told by its content, not by its name. Here a row is whatever was parse
 parsed by the standard library, because what lies above it names no line and lets repeated keys and NaN through.
 """
 
+import base64
 import csv
 import io
 import itertools
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import date, time
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import InstructLiteError
 from .layouts import LAYOUTS
@@ -181,7 +182,7 @@ def _parsed(line: bytes) -> object:
     Raises Fault: not UTF-8, not JSON, a key given twice, or a number that is not finite.
     """
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
         byte = f"byte {error.start + 1} (0x{line[error.start]:02x})"
         raise Fault(f"{byte} is not UTF-8 (Latin-1, perhaps: save the file as UTF-8)") from None
@@ -298,9 +299,19 @@ def _parquet(handle: BinaryIO) -> Entries:
         yield number + 1 if number else 0, Fault(f"the Parquet file is damaged{' from here on' if number else ''}: {reason}")
 
 
-def _plain(row: dict) -> dict:
-    """Times as ISO 8601, which JSON can hold."""
-    return {key: value.isoformat() if isinstance(value, (date, time)) else value for key, value in row.items()}
+def _plain(value: Any) -> Any:
+    """Arrow's values as JSON has them: times in ISO 8601, bytes in base64, NaN - pandas' gap - as null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    if isinstance(value, (bytes, bytearray)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
 def _directory(path: Path, split: str) -> Entries:

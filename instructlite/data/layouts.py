@@ -338,6 +338,9 @@ def _replies(replies: list, prompt: list[dict], node: Mapping) -> list[dict]:
 
 
 def _tree_of(rows: list[Mapping]) -> Mapping:
+    for row in rows:
+        expect(row["message_id"], str, "'message_id'", "a text")
+        expect(row["parent_id"] or "", str, "'parent_id'", "a text or null")
     nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
     roots = []
     for node in nodes.values():

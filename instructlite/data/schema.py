@@ -5,8 +5,8 @@ Nothing is coerced: a number where a text belongs is a fault.
 """
 
 import difflib
-import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
@@ -147,7 +147,8 @@ def answer(value: object, where: str) -> str:
 
 
 def number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # An int of hundreds of digits is not finite either: as a float it would overflow.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -sys.float_info.max <= value <= sys.float_info.max:
         raise Fault(f"{where} is {_TYPE_NAMES.get(type(value), 'no number')} ({printable(value)}), expected a finite number")
     return value
 
