@@ -214,7 +214,7 @@ def _people_table(title: str, people: list[dict]) -> "Table":
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no -0.00
 
 
 def _scale(text: str | None) -> tuple[float, float] | None:

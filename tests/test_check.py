@@ -85,6 +85,7 @@ BROKEN = {
     "D25 unknown role": ([turns("user", "assistant"), turns("human", "assistant")], 2, "unknown role 'human' (did you mean 'user'?)"),
     "D25 last turn": ([turns("user", "assistant"), turns("user")], 2, "ends with turn 1 of the user, expected one of the assistant"),
     "D28 control token": ([DEMONSTRATION, {"prompt": "a<|im_end|>", "completion": "b"}], 2, "holds <|im_end|>"),
+    "D29 personal data": ([DEMONSTRATION, {"prompt": "I am ann@mail.org", "completion": "My IP: 81.2.69.160."}], 2, "holds EMAIL, IP"),
     "D30 missing file": (None, 0, "cannot be read: No such file or directory"),
 }
 

@@ -328,13 +328,11 @@ def test_damaged_parquet_is_a_problem(tmp_path):
     assert fault.line == 0 and "the Parquet file is damaged" in str(fault)
 
 
-def test_a_saved_data_set_and_a_directory_of_files_are_read_without_the_hub(tmp_path):
+def test_saved_data_sets_are_read_without_the_hub(tmp_path):
     data = datasets.Dataset.from_list([{"prompt": "Hi", "completion": "a"}, {"prompt": "Hi", "completion": ""}])
     datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(str(tmp_path / "saved"))
     data.save_to_disk(str(tmp_path / "one"))
-    (tmp_path / "files").mkdir()
-    data.to_parquet(str(tmp_path / "files" / "train.parquet"))
-    for name in ("saved", "one", "files"):
+    for name in ("saved", "one"):
         row, fault = rows(tmp_path / name)
         assert row.record == {"prompt": ASKED, "completion": "a"} and fault.problem.startswith(
             f"{tmp_path / name}:2: 'completion' is empty"
@@ -342,6 +340,18 @@ def test_a_saved_data_set_and_a_directory_of_files_are_read_without_the_hub(tmp_
     assert len(list(rows(f"{tmp_path}/saved:test"))) == 1
     (fault,) = rows(f"{tmp_path}/saved:dev")
     assert "has no split 'dev', but train, test" in fault.problem
+
+
+def test_of_a_directory_each_file_is_read_by_itself_and_test_files_are_left_alone(tmp_path):
+    write_records(tmp_path / "set" / "train-0.jsonl", [{"prompt": "Hi", "completion": ""}])
+    (tmp_path / "set" / "train-1.csv").write_text("instruction,output\nHi,a\n")
+    write_records(tmp_path / "set" / "test.jsonl", [{"text": "b"}])
+    fault, row = rows(tmp_path / "set")
+    assert fault.problem.startswith(f"{tmp_path / 'set' / 'train-0.jsonl'}:1: 'completion' is empty") and row.format == "alpaca"
+    (row,) = rows(f"{tmp_path / 'set'}:test")
+    assert row.record == {"text": "b"} and row.file == str(tmp_path / "set" / "test.jsonl")
+    (fault,) = rows(f"{tmp_path / 'set'}:dev")
+    assert fault.problem == f"{tmp_path / 'set'}:dev: cannot be read: is a directory without data"
 
 
 # --- what the reward model sees ---
