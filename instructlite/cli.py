@@ -38,6 +38,7 @@ PREPARE_OPTIONS = (
     *("kind", "near_duplicates", "pii", "toxicity", "contradictions", "mix", "mix_distance", "heldout", "judge", "ppo", "group_by"),
     *("tokenizer", "max_length", "seed"),
 )
+LISTED_PEOPLE = 30
 RESUME = "Let a stage that was interrupted go on from its last checkpoint."
 
 
@@ -224,6 +225,60 @@ def data_prepare(
         )
     print(report)
     print(f"\nWritten to {out}; read {out / 'data_report.html'}")
+
+
+@data_app.command("report")
+def data_report(
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="As for check.")],
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="A column that tells groups, such as country; may be repeated.", show_default="the usual ones"),
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="As for check.", show_default="told from the keys")] = None,
+) -> None:
+    """Show who judged how much, and how far people agree, by annotator and by group."""
+    from rich.console import Console
+
+    from .data.labellers import report_on
+
+    report = report_on(files, by or (), kind)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.kinds.items()) or "no rows"
+    console.print(f"{kinds}; {len(report.annotators):,} annotators, {report.unnamed:,} rows without one")
+    if report.shared:
+        console.print(
+            f"{report.shared:,} pairs judged by several: Krippendorff's alpha {_number(report.alpha)} (1 full agreement, 0 chance)"
+        )
+    if report.scored:
+        console.print(f"{report.scored:,} answers scored by several: alpha of the scores {_number(report.score_alpha)}")
+    for title, people in {"annotator": report.annotators, **report.groups}.items():
+        if people:
+            console.print()
+            console.print(_people_table(title, people))
+    for note in report.notes:
+        console.print(f"note: {note}")
+
+
+def _people_table(title: str, people: list[dict]) -> "Table":
+    from rich.table import Table
+
+    last = "alpha inside" if "alpha" in people[0] else "first to last"
+    table = Table(
+        title, *(["rows", "votes others cast too", "agreement with them", last]), *(["flags"] if "flags" in people[0] else []), box=None
+    )
+    for row in people[:LISTED_PEOPLE]:
+        dates = [] if row.get("first") is None else [row["first"][:10], row["last"][:10]]
+        cells = [row["name"], f"{row['rows']:,}", f"{row['shared']:,}", _number(row["agreement"])]
+        cells.append(_number(row["alpha"]) if "alpha" in row else " to ".join(dict.fromkeys(dates)) or "-")
+        flags = [", ".join(f"{name} {count:,}" for name, count in row["flags"].items())] if "flags" in row else []
+        table.add_row(*cells, *flags)
+    if len(people) > LISTED_PEOPLE:
+        table.add_row(f"+{len(people) - LISTED_PEOPLE:,} more")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no -0.00
 
 
 def _scale(text: str | None) -> tuple[float, float] | None:

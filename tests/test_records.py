@@ -257,7 +257,7 @@ def test_all_problems_of_all_files_are_kept_and_twenty_are_shown(jsonl):
         read_records([first, second], "texts")
     assert len(caught.value.problems) == 31 and caught.value.problems[-1].startswith(f"{second}:2: ")
     assert len(str(caught.value).splitlines()) == 21 and str(caught.value).endswith("+11 more")
-    assert str(check_file(first)).endswith("+10 more")
+    assert str(check_file(first)).endswith("the same in line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, +19 more")
 
 
 def test_reading_the_wrong_file_stops_after_a_thousand_bad_rows_and_checking_counts_them_all(jsonl):
@@ -267,7 +267,7 @@ def test_reading_the_wrong_file_stops_after_a_thousand_bad_rows_and_checking_cou
     assert len(caught.value.problems) == 1001 and caught.value.problems[-1].endswith("stopped after 1000 bad rows")
     report = check_file(path)
     assert (report.rows_in, report.rows, report.rejected, report.found, len(report.problems)) == (1101, 1, 1100, 1100, 1000)
-    assert str(report).endswith("+1,080 more")
+    assert str(report).endswith("+989 more\n+100 more")
 
 
 def test_a_line_of_30_mb_is_refused_and_never_held_in_memory(jsonl):

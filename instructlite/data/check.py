@@ -3,7 +3,7 @@
 Two grades. A *problem* is a row that training refuses: it stops everything, exit code 2. A *warning* is a row that training takes and a
 person should look at: it repeats or contradicts an earlier one, its prompt stands in the held-out file too, it holds a control token.
 `fix` writes the good rows in their normal form and every other row, with its reason, into `rejected.jsonl`:
-rows in = rows kept + rows rejected, always. Near-duplicates, quality rules and personal data are prepare's.
+rows in = rows kept + rows rejected, always. Near-duplicates, quality rules and masking personal data are prepare's.
 """
 
 import re
@@ -19,8 +19,9 @@ from .clean import CleanCopy
 from .formats import Row, rows
 from .layouts import CONTROL_TOKEN
 from .lengths import TokenCounter
+from .pii import patterns
 from .repeats import Repeats, Table, prompt_key
-from .schema import KINDS, Fault, texts_in
+from .schema import KINDS, Fault
 
 KEPT = 1000  # problems of a file that are kept by name, and warnings of each cause; the rest are counted
 NORMAL_KEYS = {
@@ -38,6 +39,7 @@ CAUSES = {
     "case": "prefer one of two answers that differ in nothing but case (meant so?)",
     "control token": "hold what looks like a control token (it will be read as text; residue of a template?)",
     "control character": "held control characters such as NUL (they are taken out)",
+    "personal data": "hold what looks like personal data or keys (instructlite data prepare masks them)",
     "length": "are too long for training, which leaves them out (shorten them, or raise max_length)",
 }
 
@@ -155,6 +157,7 @@ class _Checker:
     def __init__(self, options: Options):
         self.options = options
         self.repeats = Repeats()
+        self.personal_data = patterns(exact_phones=False)
         self.held_out = Table()
         self.held_out_reports: list[FileReport] = []
         self.tokens = TokenCounter(options.tokenizer, options.max_length) if options.tokenizer else None
@@ -198,6 +201,8 @@ class _Checker:
         if report.rows_in != report.rows + report.rejected:
             raise AssertionError(f"{file}: {report.rows_in} rows in, {report.rows} kept and {report.rejected} rejected")
         report.notes = summary.notes()
+        if not report.rows and report.problems and "broken JSON at column 1:" in report.problems[0]:
+            report.notes.append("expected are JSONL (one object a line), a JSON array, CSV with the names of its columns first, or Parquet")
         if self.repeats.full:
             report.notes.append("repeated rows were looked for among the first 10,000,000")
         return report
@@ -240,12 +245,18 @@ class _Checker:
             yield repeated[0], " ".join(repeated)
         if self.options.held_out and (line := self.held_out.get(_folded_prompt(row))):
             yield "held-out", f"its prompt is that of {self.options.held_out}:{line}"
-        if row.kind == "comparisons" and record["chosen"].casefold().split() == record["rejected"].casefold().split():
+        if row.kind == "comparisons" and _but_for_case(record["chosen"], record["rejected"]):
             yield "case", "'chosen' and 'rejected' differ in nothing but case"
-        if token := next((found[0] for text in texts_in(_normal(row)) if (found := CONTROL_TOKEN.search(text))), None):
-            yield "control token", f"holds {token}"
+        texts = _texts(row)
+        joined = "\n".join(texts)
+        if ("<" in joined or "[" in joined) and (token := CONTROL_TOKEN.search(joined)):
+            yield "control token", f"holds {token[0]}"
         if row.cleaned:
             yield "control character", "held control characters"
+        # Most rows have neither a digit nor an @, and so none of these; that is told a hundred times as fast.
+        told = texts if any(mark in joined for mark in "@0123456789") else ()
+        if kinds := sorted({span.kind for text in told for span in self.personal_data(text)}):
+            yield "personal data", f"holds {', '.join(kinds)}"  # never the data themselves
         if self.tokens and (reason := self.tokens.too_long(record, row.kind)):
             yield "length", reason
 
@@ -270,8 +281,16 @@ class _Summary:
         return notes + ([f"tied pairs, from which nothing is learnt: {self.tied:,} of {self.pairs:,}"] if self.tied else [])
 
 
-def _normal(row: Row) -> list:
-    return [row.record[key] for key in NORMAL_KEYS[row.kind]]
+def _texts(row: Row) -> list[str]:
+    record = row.record
+    answers = [record[key] for key in ("completion", "chosen", "rejected") if key in NORMAL_KEYS[row.kind]]
+    prompt = [record["text"]] if row.kind == "texts" else [turn["content"] for turn in record["prompt"]]
+    return [*prompt, *answers, *(record["responses"] if row.kind == "rankings" else ())]
+
+
+def _but_for_case(first: str, second: str) -> bool:
+    # Most pairs differ in their first character, and folding whole answers takes long.
+    return first.lstrip()[:1].casefold() == second.lstrip()[:1].casefold() and first.casefold().split() == second.casefold().split()
 
 
 def _folded_prompt(row: Row) -> int:

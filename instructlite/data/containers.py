@@ -4,6 +4,7 @@ A file is told by its content, not by its name. Here a row is whatever was parse
 parsed by the standard library, because what lies above it names no line and lets repeated keys and NaN through.
 """
 
+import base64
 import csv
 import io
 import itertools
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import date, time
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import InstructLiteError
 from .layouts import LAYOUTS
@@ -25,6 +26,8 @@ STARTER = Path(__file__).parent / "starter"
 _STARTER_FILES = {"texts": "prose.jsonl", "prompts": "comparisons.jsonl"}
 _MAGIC = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip file"}
 _FILE_ENDINGS = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zip"}
+_READABLE = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
+_SAVED = ("state.json", "dataset_dict.json")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%-]+))?")
 # What a CSV cell of these columns holds is JSON, since CSV has neither lists nor numbers.
 _JSON_COLUMNS = {"messages", "conversations", "responses", "ranks", "ranking", "scores", "score", "history"}
@@ -44,7 +47,7 @@ def entries(source: str | Path, kind: str | None) -> Entries:
     hub = _HUB_ID.fullmatch(str(source))
     directory, _, split = str(source).rpartition(":")
     if path.is_dir() or (directory and Path(directory).is_dir() and not path.exists()):
-        yield from _directory(*((path, "train") if path.is_dir() else (Path(directory), split)))
+        yield from _saved(*((path, "train") if path.is_dir() else (Path(directory), split)))
     elif hub and not path.parent.is_dir() and path.suffix.lower() not in _FILE_ENDINGS:
         yield from _hub(hub["id"], hub["split"] or "train")
     else:
@@ -53,6 +56,24 @@ def entries(source: str | Path, kind: str | None) -> Entries:
                 yield from _reader_for(handle, path)(handle)
         except OSError as error:
             yield 0, Fault(f"cannot be read: {error.strerror or error}")
+
+
+def files_in(source: str | Path) -> list[Path] | None:
+    """The data files of a directory (of one split, for `directory:split`), or None for what is no directory of files.
+
+    Without a split those of train, if some are named so: test files are not to be trained on by chance.
+    """
+    path, split = Path(source), None
+    if not path.is_dir():
+        directory, _, split = str(source).rpartition(":")
+        path = Path(directory)
+        if not directory or not path.is_dir() or Path(source).exists():
+            return None
+    if any((path / name).is_file() for name in _SAVED):
+        return None
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READABLE and not file.name.startswith("."))
+    of_split = [file for file in files if (split or "train") in str(file.relative_to(path))]
+    return of_split if split or of_split else files
 
 
 def _reader_for(handle: BinaryIO, path: Path) -> Callable[[BinaryIO], Entries]:
@@ -181,7 +202,7 @@ def _parsed(line: bytes) -> object:
     Raises Fault: not UTF-8, not JSON, a key given twice, or a number that is not finite.
     """
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
         byte = f"byte {error.start + 1} (0x{line[error.start]:02x})"
         raise Fault(f"{byte} is not UTF-8 (Latin-1, perhaps: save the file as UTF-8)") from None
@@ -298,21 +319,28 @@ def _parquet(handle: BinaryIO) -> Entries:
         yield number + 1 if number else 0, Fault(f"the Parquet file is damaged{' from here on' if number else ''}: {reason}")
 
 
-def _plain(row: dict) -> dict:
-    """Times as ISO 8601, which JSON can hold."""
-    return {key: value.isoformat() if isinstance(value, (date, time)) else value for key, value in row.items()}
+def _plain(value: Any) -> Any:
+    """Arrow's values as JSON has them: times in ISO 8601, bytes in base64, NaN - pandas' gap - as null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    if isinstance(value, (bytes, bytearray)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
-def _directory(path: Path, split: str) -> Entries:
-    """What `Dataset.save_to_disk` wrote, or files that `datasets` knows."""
-    if not any(path.glob("*.json*")) and not any(file.suffix in _FILE_ENDINGS for file in path.rglob("*.*")):
+def _saved(path: Path, split: str) -> Entries:
+    """What `Dataset.save_to_disk` wrote."""
+    if not any((path / name).is_file() for name in _SAVED):
         yield 0, Fault("cannot be read: is a directory without data")
         return
     from datasets import DatasetDict, load_from_disk
 
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        yield from _hub(str(path), split)
-        return
     try:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError) as error:
@@ -328,10 +356,11 @@ def _directory(path: Path, split: str) -> Entries:
 
 def _hub(name: str, split: str) -> Entries:
     from datasets import load_dataset  # only who names a data set waits for this import
+    from datasets.exceptions import DatasetsError
 
     try:
         loaded = load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InstructLiteError(f"{name}: no such file, and the data set cannot be had from the Hub: {reason}") from error
     yield from ((number, _plain(row)) for number, row in enumerate(loaded, 1))

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InstructLiteError
-from .containers import Entries, entries
-from .layouts import FORMATS, LAYOUTS, Layout, best_layout, check, join, layout_named, normalise
+from .containers import Entries, entries, files_in
+from .layouts import FORMATS, LAYOUTS, Layout, best_layout, check, join, normalise
 from .schema import Fault, has_controls
 
 MAX_JOINED = 1000  # rows that become one ranking or tree; more is a file that is not what it seems
@@ -45,13 +45,8 @@ class Row:
     """The row as it was read; a list of rows where several became one record."""
     rows: int = 1
     """Rows of the file it accounts for: K for K that were joined, 0 for each record of a tree but the first."""
-
-    @property
-    def cleaned(self) -> bool:
-        """True if control characters (NUL and the like) were taken out of its texts."""
-        layout = layout_named(self.format, self.kind)
-        members = self.raw if isinstance(self.raw, list) else [self.raw]
-        return has_controls([member.get(key) for member in members for key in (*layout.keys, *layout.optional)])
+    cleaned: bool = False
+    """True if control characters (NUL and the like) were taken out of its texts."""
 
 
 def rows(source: str | Path, kind: str | None = None, format: str | None = None) -> Iterator[Row | Fault]:
@@ -61,6 +56,10 @@ def rows(source: str | Path, kind: str | None = None, format: str | None = None)
     """
     if format not in (None, *FORMATS):
         raise InstructLiteError(f"'{format}' is no format of rows: {', '.join(FORMATS)}")
+    for part in files_in(source) or ():  # of a directory each file has its own format
+        yield from rows(part, kind, format)
+    if files_in(source):
+        return
     file, empty = str(source), True
     for item in _converted(file, entries(source, kind), kind, format):
         empty = False
@@ -89,11 +88,12 @@ def _converted(file: str, read: Entries, kind: str | None, format: str | None) -
                 known = "" if told else f" (known: {'; '.join(dict.fromkeys(map(str, LAYOUTS)))})"
                 told = True
                 raise Fault(f"the keys {', '.join(map(repr, list(row)[:8]))} fit no kind of record{known}")
+            suspect = check(row, layout)
             if not layout.join:
+                cleaned = suspect and _cleaned([row], layout)
                 for place, record in enumerate(normalise(row, layout)):
-                    yield Row(file, number, layout.kind, layout.name, record, row, rows=int(place == 0))
+                    yield Row(file, number, layout.kind, layout.name, record, row, int(place == 0), cleaned)
                 continue
-            check(row, layout)
         except Fault as fault:
             yield fault.at(file, number, row if fault.raw is None else fault.raw, rows=int(number > 0))
             continue
@@ -122,7 +122,11 @@ def _joined(file: str, held: list[tuple[int, Mapping]], layout: Layout) -> Itera
         yield Fault(f"{lines}{fault}").at(file, first, members, rows=len(members))
         return
     for place, record in enumerate(records):
-        yield Row(file, first, layout.kind, layout.name, record, members, rows=0 if place else len(members))
+        yield Row(file, first, layout.kind, layout.name, record, members, 0 if place else len(members), _cleaned(members, layout))
+
+
+def _cleaned(members: list[Mapping], layout: Layout) -> bool:
+    return has_controls([row.get(key) for row in members for key in (*layout.keys, *layout.optional)])
 
 
 def _layout_of(head: Iterable[object], kind: str | None, format: str | None) -> Layout | None:

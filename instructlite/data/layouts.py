@@ -45,10 +45,6 @@ class Layout:
         return sum(seen), -seen.count(0)
 
 
-def layout_named(name: str, kind: str | None = None) -> Layout:
-    return next(layout for layout in LAYOUTS if layout.name == name and kind in (None, layout.kind))
-
-
 def best_layout(row: Mapping, kind: str | None = None) -> Layout | None:
     """The layout (of `kind`, if given) that the row's keys fit best. None: they fit none at all."""
     fits = {layout: layout.fit(row) for layout in LAYOUTS if kind in (None, layout.kind) and layout.when(row)}
@@ -57,11 +53,10 @@ def best_layout(row: Mapping, kind: str | None = None) -> Layout | None:
 
 
 def normalise(row: Mapping, layout: Layout) -> list[dict]:
-    """The records of one row in the normal form of their kind, its other columns kept.
+    """The records of one row that `check` has passed, in the normal form of their kind, its other columns kept.
 
     Raises Fault.
     """
-    check(row, layout)
     read = layout.read(row)
     records = read if isinstance(read, list) else [read]
     return [{**fields, **others(row, layout, fields)} for fields in records]
@@ -75,10 +70,10 @@ def join(rows: list[Mapping], layout: Layout) -> list[dict]:
     ]
 
 
-def check(row: Mapping, layout: Layout) -> None:
-    """Raises Fault if a key of the layout is missing, or if a text anywhere in the row is broken."""
+def check(row: Mapping, layout: Layout) -> bool:
+    """True if there may be control characters in the row. Raises Fault if a key of the layout is missing or a text is broken."""
     _check_keys(row, layout)
-    check_characters(row)
+    return check_characters(row)
 
 
 def others(row: Mapping, layout: Layout, fields: Mapping) -> dict:
@@ -86,9 +81,11 @@ def others(row: Mapping, layout: Layout, fields: Mapping) -> dict:
     return {key: value for key, value in row.items() if key not in used}
 
 
-def plain(value: str) -> list[str]:
-    """The words of an answer, for telling whether two are the same: white space and control tokens aside."""
-    return CONTROL_TOKEN.sub(" ", value).split()
+def same_text(first: str, second: str) -> bool:
+    """White space and control tokens aside."""
+    if not any(mark in text for mark in "<[" for text in (first, second)) and first.lstrip()[:1] != second.lstrip()[:1]:
+        return False
+    return CONTROL_TOKEN.sub(" ", first).split() == CONTROL_TOKEN.sub(" ", second).split()
 
 
 def _check_keys(row: Mapping, layout: Layout) -> None:
@@ -106,6 +103,7 @@ def _check_keys(row: Mapping, layout: Layout) -> None:
 
 def _further_fault(row: Mapping, layout: Layout) -> str:
     try:
+        check(row, layout)
         if not layout.join:
             normalise(row, layout)
     except Fault as fault:
@@ -129,7 +127,7 @@ def _from_messages(row: Mapping) -> dict:
 
 
 def _compared(prompt: list[dict], chosen: str, rejected: str) -> dict:
-    if plain(chosen) == plain(rejected):
+    if same_text(chosen, rejected):
         raise Fault("'chosen' and 'rejected' are the same text (remove the row)")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -338,6 +336,9 @@ def _replies(replies: list, prompt: list[dict], node: Mapping) -> list[dict]:
 
 
 def _tree_of(rows: list[Mapping]) -> Mapping:
+    for row in rows:
+        expect(row["message_id"], str, "'message_id'", "a text")
+        expect(row["parent_id"] or "", str, "'parent_id'", "a text or null")
     nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
     roots = []
     for node in nodes.values():

@@ -5,8 +5,9 @@ Nothing is coerced: a number where a text belongs is a fault.
 """
 
 import difflib
-import math
+import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
@@ -85,7 +86,7 @@ def expect(value: object, kind: type, where: str, expected: str) -> None:
 
 def text(value: object, where: str, expected: str = "a text") -> str:
     expect(value, str, where, expected)
-    cleaned = value.translate(_CONTROLS)
+    cleaned = value.translate(_CONTROLS) if _CONTROL.search(value) else value  # the search is much the faster of the two
     if not cleaned.strip():
         raise Fault(f"{where} is empty (fill it or remove the row)")
     return cleaned
@@ -147,16 +148,29 @@ def answer(value: object, where: str) -> str:
 
 
 def number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # An int of hundreds of digits is not finite either: as a float it would overflow.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -sys.float_info.max <= value <= sys.float_info.max:
         raise Fault(f"{where} is {_TYPE_NAMES.get(type(value), 'no number')} ({printable(value)}), expected a finite number")
     return value
 
 
-def check_characters(row: Mapping) -> None:
-    """Raises Fault if a surrogate stands alone anywhere in the row: it can neither be tokenized nor written as UTF-8."""
+def check_characters(row: Mapping) -> bool:
+    """True if there may be control characters in the row.
+
+    Raises Fault if a surrogate stands alone anywhere in it, which can neither be tokenized nor written as UTF-8, or if it is nested
+    without end. Looking at each text in Python takes five times as long as writing the whole row in C, which tells the good rows.
+    """
+    try:
+        written = json.dumps(row, ensure_ascii=False)
+        written.encode()
+        if written.count("[") + written.count("{") <= MAX_DEPTH:
+            return "\\u00" in written or "\x7f" in written
+    except (ValueError, TypeError, RecursionError):  # UnicodeEncodeError is a ValueError
+        pass
     for key, value in row.items():
         if any(_SURROGATE.search(part) for part in texts_in([key, value])):
             raise Fault(f"'{printable(key)}' holds half of a character, such as \\ud800 alone (write the whole surrogate pair)")
+    return True
 
 
 def has_controls(value: object) -> bool:
