@@ -172,7 +172,7 @@ def test_the_methods_and_a_judge_against_transformers_serve_and_the_same_model_i
         output = tmp_path / "killed"
         command = [
             sys.executable, "-m", "instructlite", "data", "generate", "constitutional", str(prompts), "--model", str(model),
-            "--base-url", url, "--output", str(output), "--max-tokens", "40", "--parallel", "1",
+            "--base-url", url, "--out", str(output), "--max-tokens", "40", "--parallel", "1",
         ]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
