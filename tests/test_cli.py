@@ -13,7 +13,7 @@ from endpoints import stand_in
 
 from instructlite import __version__, cli
 from instructlite.config import load_loop, recipes
-from instructlite.data.records import check_file
+from instructlite.data.records import read_records
 from instructlite.errors import InstructLiteError
 from instructlite.pipeline import LoopRun, StageRun
 
@@ -197,4 +197,4 @@ def test_data_generate_asks_an_endpoint_and_loads_no_torch(run_cli, tmp_path, mo
         refused = run_cli(*given, "--set", "revision=2")
     assert (refused.code, refused.err) == (2, "instructlite: 'revision' is no option of constitutional: revisions\n")
     assert len(server.asked) == 3
-    assert check_file("out/comparisons.jsonl", "comparisons").rows == 1
+    assert len(read_records("out/comparisons.jsonl", "comparisons")) == 1

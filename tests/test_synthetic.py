@@ -9,7 +9,7 @@ from endpoints import FakeCompleter
 
 from instructlite.data.completer import Answer, Budget
 from instructlite.data.pairwise import Pair, Verdicts, sign_test, verdict_in
-from instructlite.data.records import check_file, read_records, write_records
+from instructlite.data.records import read_records, write_records
 from instructlite.data.self_instruct import Pool
 from instructlite.data.synthetic import generate
 from instructlite.data.templates import FOLDER, read_prompts
@@ -81,7 +81,7 @@ def test_a_model_without_ideas_ends_the_search(run):
 
 def test_tasks_alone_are_prompts(run, tmp_path):
     run("self-instruct", SEEDS, new_tasks, count=4, answers=False)
-    assert check_file(tmp_path / "out" / "prompts.jsonl", "prompts").rows == 4
+    assert len(read_records(tmp_path / "out" / "prompts.jsonl", "prompts")) == 4
 
 
 def test_novelty_is_rouge_l_in_any_language():
@@ -131,7 +131,7 @@ def test_instructions_evolve_and_failed_evolutions_are_eliminated(run, tmp_path)
     left = reasons(result)
     assert left["evolution speaks of its prompt"] == 2
     assert left["evolution gained nothing"] + left["answer is an apology"] + left.get("evolution is a known instruction", 0) == 4
-    assert check_file(tmp_path / "out" / "demonstrations.jsonl").kind == "demonstrations"
+    assert read_records(tmp_path / "out" / "demonstrations.jsonl", "demonstrations") == result.rows
 
 
 def test_the_four_operations_are_all_used(run):
