@@ -122,7 +122,9 @@ def preference(pairs: Sequence[Pair], verdicts: Verdicts, *, margin: float = 0.0
     outcomes, longer = _by_prompt(pairs, verdicts)
     measured, warnings = verdicts.measured(), verdicts.warnings()
     if np.isnan(outcomes).all():
-        empty = dict.fromkeys(("rate", "low", "high", "length_controlled", "length_controlled_low", "length_controlled_high"))
+        empty = dict.fromkeys(
+            ("rate", "low", "high", "length_controlled", "length_controlled_low", "length_controlled_high", "p_of_a_draw")
+        )
         return {**empty, "prompts": 0, "prompts_needed": None, **measured, "warnings": [*warnings, "no pair has a verdict"]}
     rate = statistics.preference_rate(outcomes, seed=seed)
     controlled = statistics.length_controlled_rate(outcomes, longer, seed=seed)
@@ -132,10 +134,12 @@ def preference(pairs: Sequence[Pair], verdicts: Verdicts, *, margin: float = 0.0
             "draw: length may be all that was preferred"
         )
     needed = statistics.prompts_needed(outcomes, margin)
+    test = statistics.paired_test(outcomes, np.where(np.isnan(outcomes), np.nan, 0.5), seed=seed)
     return {
         "rate": rate.value, "low": rate.low, "high": rate.high, "length_controlled": controlled.value,
         "length_controlled_low": controlled.low, "length_controlled_high": controlled.high,
-        "prompts": int((~np.isnan(outcomes)).any(1).sum()), "prompts_needed": needed, **measured, "warnings": warnings,
+        "prompts": int((~np.isnan(outcomes)).any(1).sum()), "p_of_a_draw": test,
+        "prompts_needed": needed, **measured, "warnings": warnings,
     }  # fmt: skip
 
 
