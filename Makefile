@@ -36,7 +36,7 @@ demo: $(READY)
 	$(BIN)/instructlite demo
 
 test: $(READY)
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # make test-slow   what needs the 135M model, or minutes
 test-slow: $(READY)

@@ -1,13 +1,18 @@
 """The same PPO work done by stock TRL 1.12 and by InstructLite: memory of the weights, peak memory, speed.
 
-    python bench/ppo_vs_trl.py [--rounds 3] [--updates 3] [--micro-batch 4] [--json FILE]
+    python bench/ppo_vs_trl.py [--rounds 3] [--updates 3] [--micro-batch 4] [--trl-micro-batch 16] [--json FILE]
 
 Same model, prompts (the same token ids), rollout batch, response length (nothing ends a response early, so both make the same number
 of tokens), one epoch, one minibatch, bf16, and a LoRA policy of rank 16 on all linear layers. TRL holds value and reward model as full
 models; here they are adapters of the policy's base. `all_layers` has adapters on every layer, `shared_lower_layers` on the top 10 only,
 so that the layers below run once for all roles. Our reference is an adapter that is computed like any other; TRL's is the bare base.
 
-Every measurement is a process of its own, the sides take turns, and the first update of each process is not timed.
+The rows of a backward pass are each side's own choice, for they change memory and not what is computed: TRL takes the whole update, as
+its own examples do, ours parts of it. (`--trl-micro-batch 4` gives both the same.) `…_64` is our side with another shape of the work: 64
+answers are generated at once and make four updates of 16, so that an update is the same size but three of four see answers that
+the policy of up to three updates before gave.
+
+Every measurement is a process of its own, the sides take turns, and the first rollout of each process and its updates are not timed.
 TRL 1.12, the last release with a PPOTrainer, is installed into bench/.trl-1.12 and seen by its own processes only.
 """
 
@@ -31,7 +36,8 @@ import recording
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL, TRL_VERSION = Path(__file__).resolve().parent / ".trl-1.12", "1.12.0"
-OURS = ("all_layers", "shared_lower_layers")
+OURS = ("all_layers", "shared_lower_layers", "all_layers_64", "shared_lower_layers_64")
+LARGE = 4  # updates from one rollout, in the sides whose name ends with _64
 MEASURES = ("weights_mb", "peak_rss_mb", "episodes_per_s", "seconds_per_update")
 BATCH, LORA_R, TOP_LAYERS, DTYPE = 16, 16, 10, "bfloat16"
 # Options of both trainers, by the same names.
@@ -128,14 +134,18 @@ def measure(side: str, model: str, updates: int, micro_batch: int) -> dict[str, 
     with tempfile.TemporaryDirectory() as output_dir:
         options = COMMON | {"output_dir": output_dir, "per_device_train_batch_size": micro_batch}
         options["gradient_accumulation_steps"] = BATCH // micro_batch
+        first = 1
         if side == "trl":
             trainer, models, rows = build_trl(model, updates, options, Clock())
         else:
-            top_layers = TOP_LAYERS if side == "shared_lower_layers" else None
+            if side.endswith("_64"):
+                first, updates = LARGE, LARGE * 2
+                options |= {"num_mini_batches": LARGE, "generation_batch_size": BATCH * LARGE}
+            top_layers = TOP_LAYERS if side.startswith("shared_lower_layers") else None
             trainer, models, rows = build_ours(model, updates, options, Clock(), top_layers=top_layers)
         trainer.train()
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
-    seconds = [after - before for before, after in pairwise(ticks)]  # from the end of the first update on
+    seconds = [after - before for before, after in pairwise(ticks[first - 1 :])]  # from the end of the first rollout's updates on
     return {
         "side": side,
         "weights_mb": sum(storages.values()) / 1e6,
@@ -173,7 +183,7 @@ def child(side: str, model: str, updates: int, micro_batch: int) -> dict[str, An
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the rounds, and the ratios ours / TRL's."""
-    work = {json.dumps([r["prompts_sha256"], sum(r["tokens_generated"])]) for r in rounds}
+    work = {json.dumps([r["prompts_sha256"], sum(r["tokens_generated"])]) for r in rounds if not r["side"].endswith("_64")}
     if len(work) != 1:
         raise SystemExit(f"not the same work, nothing to compare (prompts, generated tokens): {work}")
     median = {s: {m: round(statistics.median(r[m] for r in rounds if r["side"] == s), 4) for m in MEASURES} for s in ("trl", *OURS)}
@@ -185,24 +195,25 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    print(f"\n{'':20}{'weights MB':>12}{'peak MB':>10}{'episodes/s':>12}{'s/update':>10}   ours / TRL: weights, peak, speed")
+    print(f"\n{'':24}{'weights MB':>12}{'peak MB':>10}{'episodes/s':>12}{'s/update':>10}   ours / TRL: weights, peak, speed")
     for name, row in [("TRL " + TRL_VERSION, results[OURS[0]]["trl"]), *((side, results[side]["ours"]) for side in OURS)]:
         ratios = ", ".join(f"{results[name][r]:.2f}" for r in ("weights_ratio", "peak_ratio", "speed_ratio")) if name in OURS else ""
         numbers = f"{row['weights_mb']:12.0f}{row['peak_rss_mb']:10.0f}{row['episodes_per_s']:12.3f}{row['seconds_per_update']:10.2f}"
-        print(f"{name:20}{numbers}   {ratios}")
+        print(f"{name:24}{numbers}   {ratios}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turns; medians are reported")
     parser.add_argument("--updates", type=int, default=3, help="updates a measurement; the first is not timed")
-    parser.add_argument("--micro-batch", type=int, default=4, help=f"rows a backward pass, of the {BATCH} of an update, on both sides")
+    parser.add_argument("--micro-batch", type=int, default=4, help=f"rows of a backward pass, of the {BATCH} of an update, on our side")
+    parser.add_argument("--trl-micro-batch", type=int, default=BATCH, help="the same on TRL's side")
     parser.add_argument("--model", default="smollm2-135m", help="Hub id or directory of the base")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results, settings and every round's numbers")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.updates < 2 or args.rounds < 1 or args.micro_batch < 1 or BATCH % args.micro_batch:
-        parser.error(f"--updates must be at least 2 (the first is not timed), --rounds at least 1, --micro-batch a divisor of {BATCH}")
+    if args.updates < 2 or args.rounds < 1 or any(m < 1 or BATCH % m for m in (args.micro_batch, args.trl_micro_batch)):
+        parser.error(f"--updates must be at least 2 (the first is not timed), --rounds at least 1, both micro-batches divisors of {BATCH}")
     if args.side:
         result = model_path(args.model) if args.side == "path" else measure(args.side, args.model, args.updates, args.micro_batch)
         print("\n" + json.dumps(result))
@@ -211,17 +222,18 @@ def main() -> None:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), f"trl=={TRL_VERSION}"]
         subprocess.run(pip, check=True)
     path = child("path", args.model, args.updates, args.micro_batch)["path"]
+    sides = {"trl": args.trl_micro_batch} | dict.fromkeys(OURS, args.micro_batch)
     rounds = []
     for number in range(args.rounds):
-        for side in ("trl", *OURS):
-            rounds.append(child(side, path, args.updates, args.micro_batch) | {"round": number})
+        for side, micro_batch in sides.items():
+            rounds.append(child(side, path, args.updates, micro_batch) | {"round": number, "micro_batch": micro_batch})
             shown = ", ".join(f"{name} {rounds[-1][name]:.3f}" for name in MEASURES)
             print(f"round {number + 1}, {side}: {shown} (load average before: {rounds[-1]['load_average_before']})", flush=True)
     results = summary(rounds)
     print_table(results)
     if args.json:
         lora = {"lora_r": LORA_R, "top_layers": {"all_layers": None, "shared_lower_layers": TOP_LAYERS}}
-        settings = COMMON | lora | {"model": args.model, "dtype": DTYPE, "batch": BATCH, "micro_batch": args.micro_batch}
+        settings = COMMON | lora | {"model": args.model, "dtype": DTYPE, "batch": BATCH, "micro_batch": sides}
         settings |= {"updates": args.updates, "untimed_updates": 1, "rounds": args.rounds}
         versions = rounds[-1]["versions"] | {"trl_baseline": TRL_VERSION}
         recording.write(args.json, results | {"versions": versions, "settings": settings, "rounds": rounds})

@@ -50,7 +50,9 @@ class Perplexity(TrainerCallback):
 
     def measure(self, cycles: int) -> None:
         size = self.trainer.args.per_device_train_batch_size
-        nats = [-token for row in log_probs(self.trainer.unwrapped, "policy", self.sequences, batch_size=size) for token in row.tolist()]
+        nats = [
+            -token for row in log_probs(self.trainer.unwrapped, ["policy"], self.sequences, batch_size=size)[0] for token in row.tolist()
+        ]
         self.curve.append({"cycle": cycles, "perplexity": math.exp(math.fsum(nats) / len(nats))})
         print(f"  cycle {cycles}: perplexity of held-out prose {self.curve[-1]['perplexity']:.3f}", flush=True)
 

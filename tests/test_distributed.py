@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ppo_trainer import PROMPTS, PTX, config, digest, roles, share_of_vowels
+from test_ppo_trainer import PTX, config, digest, roles, share_of_vowels
 from torch.multiprocessing import start_processes
 
 from instructlite.cli import main
@@ -29,7 +29,7 @@ from instructlite.training.ppo_config import PPOConfig
 from instructlite.training.ppo_trainer import PPOTrainer
 
 EVAL = [{"prompt": "a question " * n} for n in range(1, 6)]
-SHAPE = {1: dict(per_device_train_batch_size=8), 2: dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)}
+SHAPE = {1: dict(per_device_train_batch_size=16), 2: dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)}
 STOPS = [2, *range(40, 60)]  # so many that the answers have different lengths
 
 
@@ -57,7 +57,7 @@ def trainer_of(base: str, out: str, processes: int, **changes) -> PPOTrainer:
     )  # fmt: skip
     args = config(Path(out), **(options | SHAPE[processes] | changes))
     trainer = PPOTrainer(
-        model, args, train_dataset=PROMPTS[:24], eval_dataset=EVAL, ptx_dataset=PTX,
+        model, args, train_dataset=[{"prompt": "why " * (n % 7) + "x" * n} for n in range(1, 49)], eval_dataset=EVAL, ptx_dataset=PTX,
         reward_model={"learnt": "reward", "vowels": vowels, "share": share_of_vowels},
     )  # fmt: skip
     trainer.health.say = lambda line: None

@@ -298,7 +298,7 @@ def test_t25_stop_tokens_without_the_one_that_ends_a_turn_are_said(tiny_path, tm
 
 
 def test_t25_a_value_clip_far_below_the_scores_is_said(tiny_path, tmp_path):
-    trainer = run(tiny_path, tmp_path, cliprange_value=1e-4)
+    trainer = run(tiny_path, tmp_path, cliprange_value=1e-4, reward=lambda batch: 10 + length(batch), score_normalization="none")
     assert flagged(trainer, "value_clipped") == [8]
 
 
@@ -462,7 +462,7 @@ def correlated(n: int, seed: int) -> torch.Tensor:
 def test_as_many_new_answers_of_the_same_kind_are_outliers_as_expected(count, expected):
     new = correlated(2000, 1)
     fitted = [KnownStates.fit(correlated(count, 100 + i)) for i in range(60)]
-    assert {known.expected.item() for known in fitted} == {pytest.approx(expected)}
+    assert all(known.expected.item() == pytest.approx(expected) for known in fitted)
     share = sum((known.distances(new) > 1).double().mean() for known in fitted).item() / 60
     assert expected / 2 < share < 2 * expected
 

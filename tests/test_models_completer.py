@@ -99,7 +99,7 @@ def test_a_reward_adapter_scores_texts_on_the_completers_base_or_its_own(tiny_pa
     assert load_scorer(reward.path, completer)(pairs) == pytest.approx(alone, abs=1e-5)
     base = load_base(tiny_path, dtype="float32", chat_template="chatml")
     sequences = [(base.encode_prompt(text), base.encode_completion("An answer.")) for text in TEXTS]
-    assert score(RoleModel.load(base, {"reward": reward}), "reward", sequences).tolist() == pytest.approx(alone, abs=1e-5)
+    assert score(RoleModel.load(base, {"reward": reward}), ["reward"], sequences)[0].tolist() == pytest.approx(alone, abs=1e-5)
     assert len(set(alone)) == 3
 
 

@@ -18,7 +18,7 @@ from instructlite.errors import InstructLiteError
 from instructlite.models.base import Base, load_base, lora_config
 from instructlite.models.manifest import Adapter
 from instructlite.models.roles import ResponseBatch, RoleModel
-from instructlite.models.sampling import Sampling, generate, log_probs
+from instructlite.models.sampling import Sampling, bytes_per_answer, generate, log_probs
 from instructlite.training import ppo_trainer, rollout
 from instructlite.training.cycle import CycleSampler
 from instructlite.training.ppo_config import PPOConfig
@@ -228,7 +228,7 @@ def test_t8_a_reference_that_is_not_the_start_of_the_policy_is_refused(tiny_base
     model = roles(tiny_base)
     with torch.no_grad():
         model.role_parameters("reference")[0].add_(0.1)
-    with pytest.raises(InstructLiteError, match="differs from the reference"):
+    with pytest.raises(InstructLiteError, match="weights of the policy differ from those of the reference"):
         trainer_of(model, config(tmp_path)).train()
 
 
@@ -440,6 +440,29 @@ def test_the_missing_eos_penalty_is_taken_from_responses_that_did_not_stop(tiny_
     assert_close(log["objective/score"], -1.5 * log["rollout/eos_missing_frac"])
 
 
+def test_as_many_prompts_are_answered_at_once_as_fit_the_memory(tiny_base, tmp_path, monkeypatch):
+    model, sizes = roles(tiny_base), []
+    of_model = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: sizes.append(len(inputs["input_ids"])) or of_model(**inputs))
+    whole = trainer_of(model, config(tmp_path, per_device_train_batch_size=4))
+    longest = max(len(row["prompt_ids"]) for row in whole.train_dataset) + 12
+    memory = 3.5 * bytes_per_answer(model, longest) / 1e9
+    trainer = trainer_of(model, config(tmp_path, per_device_train_batch_size=4, generation_memory=memory))
+    trainer._collect(trainer.train_dataset[:8], 0)
+    assert sizes == [3, 3, 2]
+    assert trainer_of(model, config(tmp_path, generation_memory=1.0)).generation_batch_size == 4, "not more than a rollout has"
+    with pytest.raises(InstructLiteError, match=r"one answer of \d+ tokens takes .* GB; raise it"):
+        trainer_of(model, config(tmp_path, generation_memory=memory / 10))
+
+
+def test_keys_values_and_logits_are_what_an_answer_takes(tiny_base):
+    """Keys and values against those that the model makes."""
+    model = roles(tiny_base)
+    cache = tiny_base.model(torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert bytes_per_answer(model, 30) - bytes_per_answer(model, 20) == held
+
+
 def test_t18_evaluating_and_logging_between_steps_changes_no_weight(tiny_path, tmp_path):
     results = []
     for strategy in ("no", "steps"):
@@ -630,7 +653,7 @@ def test_t24_ptx_keeps_the_likelihood_of_its_texts(tiny_path, tmp_path):
         trainer = trainer_of(model, args, ptx_dataset=PTX if coefficient else None, reward_model=share_of_vowels)
         trainer.train()
         ids = [model.base.tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in PTX]
-        likelihoods.append(torch.cat(log_probs(model, "policy", [(row[:1], row[1:]) for row in ids])).mean())
+        likelihoods.append(torch.cat(log_probs(model, ["policy"], [(row[:1], row[1:]) for row in ids])[0]).mean())
         scores.append([log["objective/score"] for log in trainer.state.log_history if "objective/score" in log])
     assert likelihoods[1] - likelihoods[0] > 2.0
     assert all(math.isfinite(score) for run in scores for score in run)

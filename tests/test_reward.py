@@ -65,7 +65,7 @@ def sequences(base, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[
 
 def roles_scores(tiny_path, adapter: Adapter, texts: list[tuple[str, str]]) -> torch.Tensor:
     base = base_of(tiny_path)
-    return score(RoleModel.load(base, {"reward": adapter}), "reward", sequences(base, texts), batch_size=5)
+    return score(RoleModel.load(base, {"reward": adapter}), ["reward"], sequences(base, texts), batch_size=5)[0]
 
 
 def plain_scores(model, base, rows: list[list[int]], left: bool) -> torch.Tensor:

@@ -150,7 +150,7 @@ def test_t22_none_is_left_out_of_the_sum_and_of_the_statistics(tiny_base):
 
 
 def test_t22_a_response_that_nobody_judges_teaches_nothing(tiny_path, tmp_path):
-    quiet = lambda completions, **kwargs: [None if i % 2 else float(len(c)) for i, c in enumerate(completions)]  # noqa: E731
+    quiet = lambda completions, **kwargs: [None if i % 2 else float(i) for i in range(len(completions))]  # noqa: E731
     args = config(tmp_path, per_device_train_batch_size=4, num_mini_batches=1, max_steps=1)
     trainer = trainer_of(fresh(tiny_path), args, reward_model=quiet)
     with pytest.warns(UserWarning, match="every reward source returned None for 2 of 4 responses.*'prompt'"):

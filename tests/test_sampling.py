@@ -30,8 +30,8 @@ def test_sampled_answers_have_the_log_probability_they_should(temperature, tiny_
     """The mean of -log pi over draws is the entropy; a draw from another temperature is off by many standard errors."""
     model, prompt = roles(tiny_base), [1, 70, 80]
     answers = generate(model, [prompt] * 400, "policy", Sampling(max_new_tokens=1, temperature=temperature), stop_ids=[-1], batch_size=400)
-    drawn = torch.cat(log_probs(model, "policy", [(prompt, answer) for answer in answers], temperature=temperature))
-    every = torch.cat(log_probs(model, "policy", [(prompt, [token]) for token in range(260)], temperature=temperature))
+    drawn = torch.cat(log_probs(model, ["policy"], [(prompt, answer) for answer in answers], temperature=temperature)[0])
+    every = torch.cat(log_probs(model, ["policy"], [(prompt, [token]) for token in range(260)], temperature=temperature)[0])
     entropy, spread = -(every.exp() * every).sum(), (every.exp() * every.square()).sum() - (every.exp() * every).sum().square()
     assert (-drawn.mean() - entropy).abs() < 4 * (spread / len(drawn)).sqrt()
 
@@ -40,7 +40,7 @@ def test_sampled_answers_have_the_log_probability_they_should(temperature, tiny_
 def test_filters_leave_the_likeliest_tokens(filtered, tiny_base):
     model, prompt = roles(tiny_base), [1, 70, 80]
     answers = generate(model, [prompt] * 100, "policy", Sampling(max_new_tokens=1, **filtered), stop_ids=[-1], batch_size=100)
-    every = torch.cat(log_probs(model, "policy", [(prompt, [token]) for token in range(260)]))
+    every = torch.cat(log_probs(model, ["policy"], [(prompt, [token]) for token in range(260)])[0])
     likeliest = every.topk(filtered.get("top_k", 1)).indices.tolist()
     assert {answer[0] for answer in answers} == set(likeliest)
 

@@ -26,7 +26,7 @@ from ..models.sampling import Progress, Sampling, generate, log_probs
 from ..progress import progress
 from . import statistics
 from .curves import training_of
-from .judges import RewardJudge
+from .judges import RewardJudge, reward_scores
 from .metrics import distinct, kl_per_answer, perplexity, repeated
 from .report import Report
 
@@ -174,10 +174,10 @@ class Comparison:
         keys = [(decoding, candidate) for decoding in decodings for candidate in self.candidates]
         parts = [[(tuple(prompt), tuple(answer)) for prompt, answer in self.sequences(*key)] for key in keys]
         different = list(dict.fromkeys(itertools.chain(*parts)))
-        for judge in self.judges:
-            with _phase(f"scores by {judge.name}", self.seconds, len(different)) as advance:
-                sequences = [(list(prompt), list(answer)) for prompt, answer in different]
-                scores = judge.scores(self.model, sequences, batch_size=self.batch_size, progress=advance)
+        sequences = [(list(prompt), list(answer)) for prompt, answer in different]
+        with _phase("scores", self.seconds, len(different)) as advance:
+            by_judge = reward_scores(self.model, self.judges, sequences, batch_size=self.batch_size, progress=advance)
+        for judge, scores in zip(self.judges, by_judge, strict=True):
             score_of = dict(zip(different, scores.tolist(), strict=True))
             for (decoding, candidate), part in zip(keys, parts, strict=True):
                 own = np.array([score_of[sequence] for sequence in part])
@@ -187,11 +187,11 @@ class Comparison:
         """KL estimates (prompts, samples) of every adapter to the reference, both at the temperature of the sampling."""
         estimates = {}
         others = [candidate for candidate in self.candidates if candidate.adapter and candidate is not self.reference]
-        with _phase("kl", self.seconds, 2 * len(self.prompts) * decoding.samples * len(others)) as advance:
+        with _phase("kl", self.seconds, len(self.prompts) * decoding.samples * len(others)) as advance:
             for candidate in others:
                 options = {"temperature": decoding.sampling.temperature, "batch_size": self.batch_size, "progress": advance}
                 sequences = self.sequences(decoding, candidate)
-                policy, reference = (log_probs(self.model, member.role, sequences, **options) for member in (candidate, self.reference))
+                policy, reference = log_probs(self.model, [candidate.role, self.reference.role], sequences, **options)
                 estimates[candidate.name] = kl_per_answer(policy, reference).reshape(len(self.prompts), decoding.samples)
         return estimates
 
@@ -199,11 +199,10 @@ class Comparison:
         """Per answer token, the one that ends the answer included."""
         base = self.model.base
         sequences = [(base.encode_prompt(row["prompt"]), base.encode_completion(row["completion"])) for row in demonstrations]
-        with _phase("perplexity", self.seconds, len(sequences) * len(self.candidates)) as advance:
-            return {
-                candidate.name: perplexity(log_probs(self.model, candidate.role, sequences, batch_size=self.batch_size, progress=advance))
-                for candidate in self.candidates
-            }
+        with _phase("perplexity", self.seconds, len(sequences)) as advance:
+            roles = [candidate.role for candidate in self.candidates]
+            by_candidate = log_probs(self.model, roles, sequences, batch_size=self.batch_size, progress=advance)
+        return {candidate.name: perplexity(found) for candidate, found in zip(self.candidates, by_candidate, strict=True)}
 
     def report(self, decodings: list[Decoding], settings: dict, kl: dict[str, np.ndarray], perplexities: dict[str, float]) -> Report:
         base = self.model.base

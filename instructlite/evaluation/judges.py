@@ -39,15 +39,6 @@ class RewardJudge:
         if self.adapter.role != "reward":
             raise InstructLiteError(f"{self.adapter}: a {self.adapter.role} adapter cannot judge; pass one that RewardRecipe wrote")
 
-    def scores(self, model: RoleModel, sequences: list[Tokens], *, batch_size: int = 32, progress: Progress | None = None) -> np.ndarray:
-        """One score for each (prompt ids, answer ids), read at the answer's last token, as PPO reads its reward model."""
-        from ..models.sampling import score  # an endpoint judges without torch
-
-        scores = score(model, self.role, sequences, batch_size=batch_size, progress=progress).double().numpy()
-        if not np.isfinite(scores).all():
-            raise InstructLiteError(f"{self.adapter}: its scores are not finite; train the reward model again")
-        return scores
-
     def to_dict(self, candidates: Mapping[str, Adapter]) -> dict[str, Any]:
         """Its row in the report: its own accuracy, and which candidates it trained, as far as their manifests say."""
         trained_by = {name: candidate.manifest.parents.get("reward") for name, candidate in candidates.items()}
@@ -59,6 +50,19 @@ class RewardJudge:
             "trained": [name for name, reward in trained_by.items() if reward == self.adapter.sha256],
             "not_trained": [name for name, reward in trained_by.items() if reward not in (None, self.adapter.sha256)],
         }
+
+
+def reward_scores(
+    model: RoleModel, judges: list[RewardJudge], sequences: list[Tokens], *, batch_size: int = 32, progress: Progress | None = None
+) -> np.ndarray:
+    """A score of each judge for each (prompt ids, answer ids), read at the answer's last token, as PPO reads its reward model."""
+    from ..models.sampling import score  # an endpoint judges without torch
+
+    scores = score(model, [judge.role for judge in judges], sequences, batch_size=batch_size, progress=progress).double().numpy()
+    for judge, own in zip(judges, scores, strict=True):
+        if not np.isfinite(own).all():
+            raise InstructLiteError(f"{judge.adapter}: its scores are not finite; train the reward model again")
+    return scores
 
 
 Scale = Literal["pointwise", "likert"]

@@ -80,6 +80,6 @@ def load_scorer(
 
     def scores(pairs: list[tuple[Messages, str]]) -> list[float]:
         sequences = [(model.base.encode_prompt(prompt), model.base.encode_completion(answer)) for prompt, answer in pairs]
-        return score(model, "reward", sequences).tolist()
+        return score(model, ["reward"], sequences)[0].tolist()
 
     return scores

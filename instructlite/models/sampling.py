@@ -6,7 +6,7 @@ would make the sampled distribution differ from the one PPO scores. Log-probabil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -71,6 +71,16 @@ def generate(
             if progress:
                 progress(len(rows))
     return answers
+
+
+def bytes_per_answer(model: RoleModel, length: int) -> int:
+    """What a row of a batch takes while `generate` runs: keys and values of `length` tokens, prompt and answer, and its logits
+    (as they come, in fp32, as probabilities, summed in fp64, and as the draw leaves them)."""
+    config = model.base.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = torch.finfo(getattr(torch, model.base.dtype)).bits // 8
+    return 2 * length * config.num_hidden_layers * heads * head_size * size + config.vocab_size * (size + 4 + 4 + 8 + 4)
 
 
 def _generate_batch(
@@ -158,49 +168,57 @@ def left_pad(rows: list[list[int]], pad_id: int, device: torch.device, length: i
 
 
 @torch.no_grad()
-def score(model: RoleModel, role: str, sequences: list[Sequence], *, batch_size: int = 32, progress: Progress | None = None) -> Tensor:
-    """Scalar head of a reward role at the last token of prompt + completion: fp32 (sequences,) on the CPU."""
-    scores = torch.empty(len(sequences))
-    for rows, hidden, _ in _forward(model, role, sequences, batch_size):
-        scores[rows] = model.scores(role, hidden[:, -1]).cpu()
-        if progress:
-            progress(len(rows))
+def score(
+    model: RoleModel, roles: list[str], sequences: list[Sequence], *, batch_size: int = 32, progress: Progress | None = None
+) -> Tensor:
+    """Scalar heads of reward roles at the last token of prompt + completion: fp32 (roles, sequences) on the CPU."""
+    scores = torch.empty(len(roles), len(sequences))
+    for rows, number, hidden, _ in _forward(model, roles, sequences, batch_size, progress):
+        scores[number, rows] = model.scores(roles[number], hidden[:, -1]).cpu()
     return scores
 
 
 @torch.no_grad()
 def log_probs(
     model: RoleModel,
-    role: str | None,
+    roles: list[str | None],
     sequences: list[Sequence],
     *,
     temperature: float = 1.0,
     batch_size: int = 32,
     progress: Progress | None = None,
-) -> list[Tensor]:
-    """Per-token log-probabilities of each completion given its prompt, in nats, under `role` (None = the base)."""
-    results: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for rows, hidden, ids in _forward(model, role, sequences, batch_size):
+) -> list[list[Tensor]]:
+    """For each role (None = the base) the per-token log-probabilities of each completion given its prompt, in nats."""
+    results: list[list[Tensor]] = [[torch.empty(0)] * len(sequences) for _ in roles]
+    for rows, number, hidden, ids in _forward(model, roles, sequences, batch_size, progress):
         for i, h, row in zip(rows, hidden, ids, strict=True):
             n = len(sequences[i][1])
-            with model.precision(), model.active(role):
-                results[i] = token_log_probs(model.logits, h[-n - 1 : -1], row[-n:], temperature=temperature)[0].cpu()
-        if progress:
-            progress(len(rows))
+            with model.precision(), model.active(roles[number]):
+                results[number][i] = token_log_probs(model.logits, h[-n - 1 : -1], row[-n:], temperature=temperature)[0].cpu()
     return results
 
 
-def _forward(model: RoleModel, role: str | None, sequences: list[Sequence], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Left-padded batches in order of length: row numbers, last hidden states, ids."""
+def _forward(
+    model: RoleModel, roles: Iterable[str | None], sequences: list[Sequence], batch_size: int, progress: Progress | None
+) -> Iterator[tuple[list[int], int, Tensor, Tensor]]:
+    """Left-padded batches in order of length, each by every role: row numbers, number of the role, last hidden states, ids.
+
+    The layers below all adapters run once a batch, whatever the number of roles.
+    """
     training = model.training
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
     try:
         for rows in _batches(order, batch_size):
             ids, attention = left_pad([sequences[i][0] + sequences[i][1] for i in rows], model.base.pad_id, model.device)
-            with model.precision(), model.active(role):
-                hidden = model.hidden(ids, attention)
-            yield rows, hidden, ids
+            with model.precision():
+                lower = model.lower_hidden(ids, attention)
+            for number, role in enumerate(roles):
+                with model.precision(), model.active(role):
+                    hidden = model.hidden(ids, attention, lower)
+                yield rows, number, hidden, ids
+            if progress:
+                progress(len(rows))
     finally:
         model.train(training)
 

@@ -68,7 +68,9 @@ class PPOConfig(TrainingArguments):
     max_prompt_length: int | None = None
     """Prompts of more tokens are left out, and counted. None: none is."""
     generation_batch_size: int | None = None
-    """Prompts per generate call. None: the whole local rollout batch."""
+    """Prompts per generate call. None: the whole local rollout batch, or what `generation_memory` allows."""
+    generation_memory: float | None = None
+    """GB that keys, values and logits may take: as many prompts per generate call as fit, if not the whole local rollout batch."""
     score_normalization: str = "first_rollout"
     """By what each source is shifted and scaled: "first_rollout", "reward_model" (the statistics its own run measured),
     "running" (of all rollouts so far) or "none"."""
@@ -106,6 +108,10 @@ class PPOConfig(TrainingArguments):
             )
         if self.kl_stop is not None and self.kl_stop <= 0:
             raise InstructLiteError(f"kl_stop={self.kl_stop}: nats a sequence, above 0; leave it out for no limit")
+        if self.generation_memory is not None and (self.generation_memory <= 0 or self.generation_batch_size is not None):
+            raise InstructLiteError(
+                f"generation_memory={self.generation_memory}: GB above 0, and not beside generation_batch_size, which it decides"
+            )
         if self.temperature <= 0:
             raise InstructLiteError(f"temperature={self.temperature}: PPO samples; it must be above 0")
         for option in ("use_liger_kernel", "neftune_noise_alpha", "auto_find_batch_size", "torch_compile", "fp16"):

@@ -97,7 +97,7 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, cliprange: float 
     plain = (values - returns) ** 2
     if cliprange is None:
         return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
-    clipped = (old + (values - old).clamp(-cliprange, cliprange) - returns) ** 2
+    clipped = (values.clamp(old - cliprange, old + cliprange) - returns) ** 2  # where nothing is clipped, exactly the plain one
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 

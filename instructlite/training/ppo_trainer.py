@@ -26,7 +26,7 @@ from ..errors import InstructLiteError
 from ..models.base import base_of, encode_prompt
 from ..models.manifest import Adapter
 from ..models.roles import SLICEABLE, RoleModel
-from ..models.sampling import Sampling
+from ..models.sampling import Sampling, bytes_per_answer
 from .averages import Averages
 from .checkpoints import Checkpointing
 from .cycle import CycleSampler, generator, mix
@@ -126,7 +126,7 @@ class PPOTrainer(Checkpointing, Trainer):
         self._options = RolloutOptions(
             sampling=Sampling(args.response_length, args.temperature, args.top_k, args.top_p),
             stop_ids=args.stop_token_ids or model.base.stop_ids,
-            generation_batch_size=args.generation_batch_size or args.local_rollout_batch_size,
+            generation_batch_size=self.generation_batch_size,
             scoring_batch_size=args.per_device_train_batch_size,
             logp_chunk_size=args.logp_chunk_size,
             share_lower_layers=args.share_lower_layers,
@@ -140,6 +140,20 @@ class PPOTrainer(Checkpointing, Trainer):
         self._step_tokens: Tensor | None = None  # of each optimiser step of the cycle, over all processes
         self._step_kl = torch.zeros(2, dtype=torch.float64, device=args.device)  # nats and tokens of the optimiser step, here
         self._metrics = Averages()
+
+    @property
+    def generation_batch_size(self) -> int:
+        """Prompts per generate call."""
+        args, whole = self.args, self.args.local_rollout_batch_size
+        if args.generation_memory is None:
+            return args.generation_batch_size or whole
+        width = max(len(row["prompt_ids"]) for row in self.train_dataset) + args.response_length
+        each = bytes_per_answer(self.unwrapped, width) / 1e9
+        if args.generation_memory < each:
+            raise InstructLiteError(
+                f"generation_memory={args.generation_memory}: one answer of {width} tokens takes {each:.3g} GB; raise it"
+            )
+        return min(whole, int(args.generation_memory / each))
 
     @staticmethod
     def _check_roles(model: RoleModel, reward_roles: list[str]) -> None:

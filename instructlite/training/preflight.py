@@ -16,6 +16,7 @@ from ..errors import InstructLiteError
 from ..models.base import Base
 from ..models.manifest import Adapter
 from ..models.roles import RoleModel
+from ..models.sampling import bytes_per_answer
 
 if TYPE_CHECKING:
     from .ppo_trainer import PPOTrainer
@@ -128,7 +129,7 @@ def _doubts_of_reward(role: str, adapter: Adapter) -> Iterator[tuple[str, str]]:
 def memory_needed(trainer: PPOTrainer) -> float:
     """Bytes at the peak of a cycle beyond what is allocated before it, roughly: a warning, not a plan.
 
-    The larger of generating (keys and values, two rows of logits) and training one micro-batch (17 numbers a token, layer
+    The larger of generating (keys, values and logits) and training one micro-batch (17 numbers a token, layer
     and hidden unit: Korthikanti 2022, arXiv:2205.05198; policy and value at once), with Adam's moments, the gradients and
     the hidden states kept for the cycle.
     """
@@ -136,10 +137,7 @@ def memory_needed(trainer: PPOTrainer) -> float:
     config, size = model.base.model.config.get_text_config(), torch.finfo(getattr(torch, model.base.dtype)).bits // 8
     width = max(len(row["prompt_ids"]) for row in trainer.train_dataset) + args.response_length
     hidden, layers, shared = config.hidden_size, config.num_hidden_layers, model.shared_layers if args.share_lower_layers else 0
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    at_once = args.generation_batch_size or args.local_rollout_batch_size
-    generating = at_once * (2 * width * layers * heads * head_size * size + 2 * config.vocab_size * 4)
+    generating = trainer.generation_batch_size * bytes_per_answer(model, width)
     kept = args.local_rollout_batch_size * width * hidden * size if shared else 0
     tokens, numbers = args.per_device_train_batch_size * width, 17 * (layers - shared)
     if model.base.model.is_gradient_checkpointing:
