@@ -35,7 +35,21 @@ app.add_typer(data_app, name="data")
 
 # Options of `data prepare` that have the names of PrepareOptions' fields.
 PREPARE_OPTIONS = (
-    *("kind", "near_duplicates", "pii", "toxicity", "contradictions", "mix", "mix_distance", "heldout", "judge", "ppo", "group_by"),
+    *(
+        "kind",
+        "near_duplicates",
+        "pii",
+        "pii_backend",
+        "toxicity",
+        "max_toxicity",
+        "contradictions",
+        "mix",
+        "mix_distance",
+        "heldout",
+        "judge",
+        "ppo",
+        "group_by",
+    ),
     *("tokenizer", "max_length", "seed"),
 )
 LISTED_PEOPLE = 30
@@ -188,10 +202,14 @@ def data_prepare(
         list[str] | None, typer.Option(metavar="RULE=ACTION", help="Such as 'refusal=drop'; actions: drop, count, off. May be repeated.")
     ] = None,
     pii: Annotated[str, typer.Option(help="Personal data: count, mask, drop or off.")] = "count",
+    pii_backend: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Your finder of personal data: text to (start, end, kind).")
+    ] = None,
     phone_region: Annotated[
         list[str] | None, typer.Option(metavar="CODE", help="A country whose telephone numbers are known without +.", show_default="US")
     ] = None,
     toxicity: Annotated[str | None, typer.Option(metavar="SCORER", help="'profanity', or your module:function (texts to scores).")] = None,
+    max_toxicity: Annotated[float, typer.Option(help="Rows whose good answer scores this much or more go.")] = 0.9,
     evaluation: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A file that must not leak; may be repeated.")] = None,
     contradictions: Annotated[str, typer.Option(help="Pairs preferred both ways: drop the minority, or count.")] = "drop",
     mix: Annotated[str | None, typer.Option(metavar="MIX", help="Sample towards a mix of use cases: instructgpt, or a YAML file.")] = None,
