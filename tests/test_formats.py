@@ -254,7 +254,9 @@ def test_a_json_array_is_never_held_in_memory(tmp_path):
     path = tmp_path / "data.json"
     with path.open("w") as file:
         file.write("[" + ",\n".join(json.dumps({"text": f"{number} " + "x" * 2000}) for number in range(5000)) + ",\n")
-        file.write('{"text": [' + "1," * 10 * 2**20 + '1]},\n{"text": "the last"},\n{"text": "' + "x" * 2 * MAX_LINE_BYTES + '"}]')
+        file.write(
+            '{"text": ' + json.dumps(["x" * 2000] * 10_000) + '},\n{"text": "the last"},\n{"text": "' + "x" * 2 * MAX_LINE_BYTES + '"}]'
+        )
     tracemalloc.start()
     texts, faults = 0, []
     for item in rows(path):

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import require
+from .repeats import Table
+from .schema import annotator_of
 from .steps import Sample, StepCount
 
 SLOTS = 64  # of a signature, 16 bits each; the estimate's standard error is at most 1 / (2 √64) = 0.06
@@ -41,25 +43,20 @@ def key64(*parts: Any) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def annotator(sample: Sample) -> str:
-    """Who gave the row. The same judgement of two people is two votes, not a copy."""
-    return str(sample.record.get("annotator", ""))
-
-
 def exact_duplicates() -> Callable[[Sample, StepCount], str | None]:
-    """Rows whose texts are those of an earlier row of their kind and annotator, case and white space aside."""
-    places: dict[int, int] = {}
+    """Rows whose texts are those of an earlier row of their kind and annotator, case and white space aside. The same judgement of two
+    people is two votes, not a copy."""
+    places = Table(most=1 << 40)
     files: dict[str, int] = {}
-    where = array("Q")
 
     def judge(sample: Sample, count: StepCount) -> str | None:
         turns = [(turn["role"], folded(turn["content"])) for turn in sample.turns] or folded(sample.prompt)
-        key = key64(sample.kind, turns, [folded(answer) for answer in sample.answers], sample.record.get("ranks"), annotator(sample))
-        first = places.setdefault(key, len(where))
-        if first < len(where):
-            file, line = divmod(where[first], 1 << 40)
+        key = key64(sample.kind, turns, [folded(answer) for answer in sample.answers], sample.record.get("ranks"), _annotator(sample))
+        first = places.get(key)
+        if first is not None:
+            file, line = divmod(first, 1 << 40)
             return f"exact duplicate: of {list(files)[file]}:{line}"
-        where.append((files.setdefault(sample.file, len(files)) << 40) + sample.line)
+        places.add(key, (files.setdefault(sample.file, len(files)) << 40) + sample.line)
         return None
 
     return judge
@@ -90,7 +87,7 @@ class Fingerprints:
             self.prompts.append(key64(turns))
             self.pairs.append(key64(turns, sorted(pair)) if pair else 0)
             self.directions.append(bool(pair and pair[0] > pair[1]))
-            self.annotators.append(self.annotators_named.setdefault(annotator(sample), len(self.annotators_named)))
+            self.annotators.append(self.annotators_named.setdefault(_annotator(sample), len(self.annotators_named)))
         if self._minhash and rows:
             parts = [_shingled(sample) for sample in rows]
             for name, sets in zip(self._chunks, zip(*parts, strict=True), strict=True):
@@ -131,13 +128,14 @@ def near_duplicates(prints: Fingerprints, threshold: float) -> np.ndarray:
     return earlier
 
 
-def prompt_clusters(prints: Fingerprints) -> np.ndarray:
+def prompt_clusters(prints: Fingerprints, earlier: np.ndarray) -> np.ndarray:
     """For each row the number of its cluster, which is that of the cluster's first row.
 
-    In one cluster: rows whose conversations open alike, rows with one prompt, rows whose prompts are alike (LIKE_PROMPTS), and what
-    hangs together through these.
+    In one cluster: near-duplicates (`earlier`), rows whose conversations open alike, rows with one prompt, rows whose prompts are alike
+    (LIKE_PROMPTS), and what hangs together through these.
     """
     joined = Unions(len(prints))
+    joined.join(np.arange(len(prints)), earlier)
     for keys in (prints.openings, prints.prompts):
         late, early = _neighbours(np.frombuffer(keys, np.uint64))
         joined.join(late, early)
@@ -203,6 +201,10 @@ def shingles(text: str, tag: str = "") -> list[str]:
     """Words and word pairs. The pairs know the order; the words keep a short text with one typo alike."""
     words = [tag + word for word in words_of(text)]
     return words + [f"{a} {b}" for a, b in pairwise(words)]
+
+
+def _annotator(sample: Sample) -> str:
+    return annotator_of(sample.record) or ""
 
 
 def _shingled(sample: Sample) -> tuple[list[str], list[str], list[str]]:

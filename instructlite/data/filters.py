@@ -53,9 +53,9 @@ def language(wanted: Sequence[str]) -> Callable[[Sample, StepCount], str | None]
     """wanted: ISO 639-1 codes. Rows that are in another language for sure go; short ones, of which nobody could tell, stay."""
     py3langid = require("py3langid.langid", "data")
     identifier = py3langid.LanguageIdentifier.from_modelpath(py3langid.MODEL_DIR / py3langid.MODEL_FILE, norm_probs=True)
-    unknown = [code for code in wanted if code not in identifier.labels()]
+    unknown = [code for code in wanted if code not in identifier.labels]
     if unknown:
-        raise InstructLiteError(f"language={unknown[0]}: no such code; known: {', '.join(sorted(identifier.labels()))}")
+        raise InstructLiteError(f"language={unknown[0]}: no such code; known: {', '.join(sorted(identifier.labels))}")
 
     def judge(sample: Sample, count: StepCount) -> str | None:
         text = f"{sample.turns[-1]['content'] if sample.turns else sample.prompt}\n{sample.best or ''}"[:2000]

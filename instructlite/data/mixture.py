@@ -85,7 +85,7 @@ def classifier_accuracy() -> dict:
     return _model()["about"]
 
 
-def distance(counts: Mapping[str, int], target: Mapping[str, float]) -> float:
+def distance(counts: Mapping[str, float], target: Mapping[str, float]) -> float:
     """Total variation: the share of rows that would have to be of another use case."""
     total = sum(counts.values())
     if not total:
@@ -124,28 +124,34 @@ def towards(counts: Mapping[str, int], target: Mapping[str, float], tolerance: f
     if not present:
         return dict.fromkeys(counts, 0)
     target = {name: share / sum(present.values()) for name, share in present.items()}
-    low, high = 1, sum(counts.values())
-    while low < high:  # the distance grows with the number of rows asked for
-        middle = (low + high + 1) // 2
-        if distance(_allot(counts, target, middle), target) <= tolerance:
-            low = middle
-        else:
-            high = middle - 1
-    return _allot(counts, target, low)
+    low, high = 0.0, float(sum(counts.values()))
+    if distance(counts, target) > tolerance:
+        while high - low > 0.5:  # the distance grows with the number of rows asked for
+            middle = (low + high) / 2
+            if distance(_allot(counts, target, middle), target) <= tolerance + 1e-9:
+                low = middle
+            else:
+                high = middle
+    else:
+        low = high
+    return {name: round(rows) for name, rows in _allot(counts, target, low).items()}
 
 
-def _allot(counts: Mapping[str, int], target: Mapping[str, float], rows: int) -> dict[str, int]:
-    """At most `rows` rows by the target's shares. What a use case lacks goes to those that have more, and at last to those not wanted."""
-    taken = dict.fromkeys(counts, 0)
-    unwanted = {name: number for name, number in counts.items() if not target.get(name)}
+def _allot(counts: Mapping[str, int], target: Mapping[str, float], rows: float) -> dict[str, float]:
+    """`rows` rows by the target's shares. What a use case lacks goes to those that have more, and at last to those not wanted."""
+    taken: dict[str, float] = dict.fromkeys(counts, 0.0)
+    unwanted = {name: number for name, number in counts.items() if number and not target.get(name)}
     for wanted in ({name: share for name, share in target.items() if share}, unwanted):
         left, open_ = rows - sum(taken.values()), dict(wanted)
-        while open_ and left > 0:
+        while open_ and left > 1e-9:
             weight = sum(open_.values())
             full = [name for name, share in open_.items() if counts[name] <= left * share / weight]
-            taken |= {name: counts[name] for name in full} or {name: int(left * share / weight) for name, share in open_.items()}
+            if not full:
+                taken |= {name: left * share / weight for name, share in open_.items()}
+                break
+            taken |= {name: float(counts[name]) for name in full}
             left -= sum(counts[name] for name in full)
-            open_ = {name: share for name, share in open_.items() if name not in full} if full else {}
+            open_ = {name: share for name, share in open_.items() if name not in full}
     return taken
 
 

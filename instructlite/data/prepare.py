@@ -33,7 +33,7 @@ from .quality import quality
 from .schema import KINDS, Fault
 from .splits import PARTS, assign_parts, mixed
 from .steps import Judge, Sample, Tally, batches, each, excerpt, named_function
-from .tokens import TokenCounter
+from .tokens import TokenStatistics
 
 REJECTED = "rejected.jsonl"
 REPORTS = tuple(f"data_report.{ending}" for ending in ("md", "html", "json"))
@@ -129,8 +129,8 @@ def prepare(
     work = Path(tempfile.mkdtemp(prefix=".prepare-", dir=output))
     try:
         report = Preparation(chosen, work, progress).run(given)
-        for old in [*output.glob("*.jsonl"), *map(output.joinpath, REPORTS)]:
-            old.unlink(missing_ok=True)
+        for name in _own_files(output):
+            (output / name).unlink(missing_ok=True)
         for path in [*work.glob("*.jsonl"), *report.save(work)]:
             os.replace(path, output / path.name)
     finally:
@@ -153,7 +153,7 @@ class Preparation:
         self.groups: dict[str, int] = {}
         self.report = DataReport()
         self.mix = read_mix(options.mix)
-        self.tokens = TokenCounter(options.tokenizer, options.max_length) if options.tokenizer else None
+        self.tokens = TokenStatistics(options.tokenizer, options.max_length) if options.tokenizer else None
 
     def run(self, sources: list) -> DataReport:
         started = time.perf_counter()
@@ -209,8 +209,8 @@ class Preparation:
     def _decide(self, tally: Tally) -> "Decisions":
         options, prints = self.options, self.prints
         self.progress("near-duplicates", 0)
-        clusters = prompt_clusters(prints)
         earlier = near_duplicates(prints, options.near_duplicates)
+        clusters = prompt_clusters(prints, earlier)
         kept = earlier == np.arange(len(prints))
         kinds = np.array(prints.kinds)
         self._agreement(kept & (kinds == KINDS.index("comparisons")))
@@ -389,8 +389,20 @@ def _check_output(output: Path, sources: list[str]) -> None:
     inside = [source for source in sources if Path(source).resolve().parent == output.resolve()]
     if inside:
         raise InstructLiteError(f"{output}: {inside[0]} lies in the output directory and could be overwritten (choose another)")
-    if output.is_dir() and any(output.glob("*.jsonl")) and not (output / REPORTS[-1]).is_file():
-        raise InstructLiteError(f"{output}: has JSONL files that `data prepare` did not write (choose another directory)")
+    foreign = sorted({path.name for path in output.glob("*.jsonl")} - _own_files(output))
+    if foreign:
+        raise InstructLiteError(f"{output}: {foreign[0]} there was not written by `data prepare` (choose another directory)")
+
+
+def _own_files(output: Path) -> set[str]:
+    """What an earlier run wrote there."""
+    report = output / REPORTS[-1]
+    if not report.is_file():
+        return set()
+    try:
+        return {REJECTED, *REPORTS, *json.loads(report.read_text(encoding="utf-8"))["files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InstructLiteError(f"{report}: is no report of `data prepare` (choose another directory)") from error
 
 
 def _what_happened(tally: Tally) -> str:

@@ -21,10 +21,11 @@ _RESIDUE = re.compile(
     r"|(?m:^\s*### (?:Instruction|Response|Input|Human|Assistant|User):)"
     r"|\n\n(?:Human|Assistant): |\A(?:Human|Assistant): |\{(?:instruction|prompt|input|response|output)\}"
 )
+_RESIDUE_HINT = re.compile(r"[<\[#{]|Human:|Assistant:")  # three times as fast, and most texts have none
 _REFUSAL = re.compile(
     r"\b(?:i(?: am|'m| apologi[sz]e)(?: very| so)?(?: sorry| afraid)?[,.]? ?(?:but )?(?:that )?"
     r"i (?:can ?not|can't|won't|am unable to|am not able to)"
-    r"|i (?:can ?not|can't|won't|am unable to|'m unable to|am not able to|'m not able to) "
+    r"|i(?: can ?not| can't| won't| am unable to|'m unable to| am not able to|'m not able to) "
     r"(?:help|assist|provide|answer|do that|comply|fulfil|give you|tell you|support|engage|discuss|create|generate)"
     r"|i(?:'m| am) (?:sorry|afraid),? (?:but )?(?:that )?(?:i|this|that)(?:'m| am|'s| is)? not (?:able|something|allowed|appropriate)"
     r"|as an ai(?: language)?(?: model| assistant)?,? (?:i|it)\b)",
@@ -46,7 +47,8 @@ def _repeats_prompt(sample: Sample) -> bool:
 
 
 def _has_residue(sample: Sample) -> bool:
-    return any(map(_RESIDUE.search, [*sample.answers, *(turn["content"] for turn in sample.turns)]))
+    texts = [*sample.answers, *(turn["content"] for turn in sample.turns)]
+    return any(_RESIDUE_HINT.search(text) and _RESIDUE.search(text) for text in texts)
 
 
 def _refuses(sample: Sample) -> bool:
@@ -57,7 +59,7 @@ def _breaks_off(sample: Sample) -> bool:
     """Ends with a comma, an open bracket or a word that wants another, or leaves a code block open."""
     if sample.best is None or len(sample.best.split()) < 5:
         return False
-    return bool(_DANGLING.search(sample.best)) or sample.best.count("```") % 2 == 1
+    return bool(_DANGLING.search(sample.best[-12:])) or sample.best.count("```") % 2 == 1
 
 
 _RULES: dict[str, Callable[[Sample], bool]] = {

@@ -35,7 +35,7 @@ class TokenLengths:
         }
 
 
-class TokenCounter:
+class TokenStatistics:
     """Counts what the template makes of each row."""
 
     def __init__(self, model: str, max_length: int) -> None:
