@@ -163,7 +163,7 @@ def data_check(
         kept, rejected = (sum(getattr(report, name) for report in reports) for name in ("rows", "rejected"))
         print(f"{kept + rejected:,} rows in = {kept:,} kept + {rejected:,} rejected; written to {fix}")
     if any(report.problems for report in reports):
-        if not fix:
+        if not fix and any(report.rows and report.rejected for report in reports):
             print("--fix DIR writes the rows that can be kept, and the others with their reasons.")
         raise typer.Exit(2)
 
