@@ -35,22 +35,8 @@ app.add_typer(data_app, name="data")
 
 # Options of `data prepare` that have the names of PrepareOptions' fields.
 PREPARE_OPTIONS = (
-    *(
-        "kind",
-        "near_duplicates",
-        "pii",
-        "pii_backend",
-        "toxicity",
-        "max_toxicity",
-        "contradictions",
-        "mix",
-        "mix_distance",
-        "heldout",
-        "judge",
-        "ppo",
-        "group_by",
-    ),
-    *("tokenizer", "max_length", "seed"),
+    *("kind", "near_duplicates", "pii", "pii_backend", "toxicity", "max_toxicity", "contradictions", "mix", "mix_distance"),
+    *("heldout", "judge", "ppo", "group_by", "tokenizer", "max_length", "seed"),
 )
 LISTED_PEOPLE = 30
 RESUME = "Let a stage that was interrupted go on from its last checkpoint."
@@ -177,7 +163,7 @@ def data_check(
         kept, rejected = (sum(getattr(report, name) for report in reports) for name in ("rows", "rejected"))
         print(f"{kept + rejected:,} rows in = {kept:,} kept + {rejected:,} rejected; written to {fix}")
     if any(report.problems for report in reports):
-        if not fix:
+        if not fix and any(report.rows and report.rejected for report in reports):
             print("--fix DIR writes the rows that can be kept, and the others with their reasons.")
         raise typer.Exit(2)
 
