@@ -35,8 +35,8 @@ app.add_typer(data_app, name="data")
 
 # Options of `data prepare` that have the names of PrepareOptions' fields.
 PREPARE_OPTIONS = (
-    *("kind", "near_duplicates", "pii", "toxicity", "contradictions", "mix", "mix_distance", "heldout", "judge", "ppo", "group_by"),
-    *("tokenizer", "max_length", "seed"),
+    *("kind", "near_duplicates", "pii", "pii_backend", "toxicity", "max_toxicity", "contradictions", "mix", "mix_distance"),
+    *("heldout", "judge", "ppo", "group_by", "tokenizer", "max_length", "seed"),
 )
 LISTED_PEOPLE = 30
 RESUME = "Let a stage that was interrupted go on from its last checkpoint."
@@ -163,7 +163,7 @@ def data_check(
         kept, rejected = (sum(getattr(report, name) for report in reports) for name in ("rows", "rejected"))
         print(f"{kept + rejected:,} rows in = {kept:,} kept + {rejected:,} rejected; written to {fix}")
     if any(report.problems for report in reports):
-        if not fix:
+        if not fix and any(report.rows and report.rejected for report in reports):
             print("--fix DIR writes the rows that can be kept, and the others with their reasons.")
         raise typer.Exit(2)
 
@@ -248,10 +248,14 @@ def data_prepare(
         list[str] | None, typer.Option(metavar="RULE=ACTION", help="Such as 'refusal=drop'; actions: drop, count, off. May be repeated.")
     ] = None,
     pii: Annotated[str, typer.Option(help="Personal data: count, mask, drop or off.")] = "count",
+    pii_backend: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Your finder of personal data: text to (start, end, kind).")
+    ] = None,
     phone_region: Annotated[
         list[str] | None, typer.Option(metavar="CODE", help="A country whose telephone numbers are known without +.", show_default="US")
     ] = None,
     toxicity: Annotated[str | None, typer.Option(metavar="SCORER", help="'profanity', or your module:function (texts to scores).")] = None,
+    max_toxicity: Annotated[float, typer.Option(help="Rows whose good answer scores this much or more go.")] = 0.9,
     evaluation: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A file that must not leak; may be repeated.")] = None,
     contradictions: Annotated[str, typer.Option(help="Pairs preferred both ways: drop the minority, or count.")] = "drop",
     mix: Annotated[str | None, typer.Option(metavar="MIX", help="Sample towards a mix of use cases: instructgpt, or a YAML file.")] = None,

@@ -37,6 +37,7 @@ BROKEN = {
     "D2 empty file": ([], 0, "the file has no rows"),
     "D3 Parquet by a wrong name": ([b"PAR1\x00\x00"], 0, "the Parquet file is damaged"),
     "D3 gzip": ([b"\x1f\x8b\x08\x00"], 0, "is gzip, expected UTF-8 text or Parquet"),
+    "D3 JSON over several lines": ([b"{", b'"prompt": "Hi"', b"}"], 0, "is JSON over several lines, expected one object a line"),
     "D4 wrong type": ([DEMONSTRATION, {"prompt": 4, "completion": "b"}], 2, "'prompt' is a number, expected a text or a list of messages"),
     "D5 misspelt key": ([DEMONSTRATION, {"promt": "Hi", "completion": "b"}], 2, "key 'prompt' is missing (rename 'promt')"),
     "D6 extra keys": ([DEMONSTRATION, DEMONSTRATION | {"prompt": "Ho", "zz": 1}], None, "extra keys kept: zz"),
@@ -191,7 +192,7 @@ def test_a_ranking_written_in_another_order_is_a_copy_and_ranked_otherwise_a_con
 
 def test_copies_are_found_across_files(tmp_path):
     one, two = (write(tmp_path / name, DEMONSTRATION) for name in ("one.jsonl", "two.jsonl"))
-    first, second = check_files([one, two])
+    first, second = check_files([tmp_path])
     assert not first.warnings and second.warnings == {"repeats": [f"{two}:1: repeats {one}:1"]}
 
 

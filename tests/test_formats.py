@@ -83,6 +83,14 @@ LAYOUTS_OF_OTHERS = {
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nwith a blank line", "rejected": "\n\nHuman: Hi\n\nAssistant: Go."},
         {"prompt": ASKED, "chosen": "Hello.\n\nwith a blank line", "rejected": "Go."},
     ),
+    "comparisons as UltraFeedback has them": (
+        {
+            "prompt": "Hi",
+            "chosen": [*ASKED, {"role": "assistant", "content": "Hello."}],
+            "rejected": [*ASKED, {"role": "assistant", "content": "Go."}],
+        },
+        {"prompt": ASKED, "chosen": "Hello.", "rejected": "Go."},
+    ),
     "order": (
         {"prompt": "Hi", "responses": ["Go.", "Hello.", "Hm."], "ranking": [1, 2, 0]},
         {"prompt": ASKED, "responses": ["Go.", "Hello.", "Hm."], "ranks": [2, 0, 1]},
@@ -116,6 +124,10 @@ def test_every_layout_has_a_format_name_and_a_kind():
 
 
 FAULTS_OF_OTHERS = {
+    "another prompt in the conversations": (
+        {"prompt": "He"} | {name: [*ASKED, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")},
+        "'chosen' is a conversation of its own, and its prompt is not 'prompt'",
+    ),
     "no transcript": ({"chosen": "Hi there", "rejected": "x"}, "'chosen' is no transcript: it does not begin with 'Human:'"),
     "transcripts part early": (
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: z\n\nAssistant: c"},
@@ -254,7 +266,9 @@ def test_a_json_array_is_never_held_in_memory(tmp_path):
     path = tmp_path / "data.json"
     with path.open("w") as file:
         file.write("[" + ",\n".join(json.dumps({"text": f"{number} " + "x" * 2000}) for number in range(5000)) + ",\n")
-        file.write('{"text": [' + "1," * 10 * 2**20 + '1]},\n{"text": "the last"},\n{"text": "' + "x" * 2 * MAX_LINE_BYTES + '"}]')
+        file.write(
+            '{"text": ' + json.dumps(["x" * 2000] * 10_000) + '},\n{"text": "the last"},\n{"text": "' + "x" * 2 * MAX_LINE_BYTES + '"}]'
+        )
     tracemalloc.start()
     texts, faults = 0, []
     for item in rows(path):

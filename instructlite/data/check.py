@@ -16,9 +16,10 @@ from pathlib import Path
 
 from ..errors import BadRecords, InstructLiteError
 from .clean import CleanCopy
+from .containers import files_in
 from .formats import Row, rows
 from .layouts import CONTROL_TOKEN
-from .lengths import TokenCounter
+from .lengths import LengthLimit
 from .pii import patterns
 from .repeats import Repeats, Table, prompt_key
 from .schema import KINDS, Fault
@@ -99,7 +100,7 @@ class FileReport:
             self.warnings.setdefault(cause, []).append(warning)
 
     def __str__(self) -> str:
-        what = (self.kind if self.format in (None, self.kind) else f"{self.kind} ({self.format})") or "no known kind"
+        what = (self.kind if self.format in (None, self.kind) else f"{self.kind} ({self.format})") or "rows of no known kind"
         made = f" ({self.records:,} records)" if self.records != self.rows else ""
         found = f"{self.found:,} problem{'s' * (self.found > 1)}" if self.found else "no problems"
         lines = [f"{self.path}: {self.rows_in:,} rows in = {self.rows:,} kept{made} + {self.rejected:,} rejected: {what}, {found}"]
@@ -137,7 +138,7 @@ def check_files(
     fix: str | Path | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[FileReport]:
-    """A report for each file; repeated rows are found across all of them.
+    """A report for each file, those of directories too; repeated rows are found across all of them.
 
     fix: a directory for the clean copy, which gets one JSONL file for each of `files` and rejected.jsonl.
     progress: called now and then with the file and the rows of it that were read.
@@ -146,6 +147,7 @@ def check_files(
     if options.kind not in (None, *KINDS):
         raise InstructLiteError(f"'{options.kind}' is no kind of record: {', '.join(KINDS)}")
     checker = _Checker(options)
+    files = [part for file in files for part in files_in(file) or [file]]
     with CleanCopy(Path(fix), files) if fix else nullcontext() as copy:
         reports = [checker.check(str(file), copy, progress or (lambda file, count: None)) for file in files]
     return [*checker.held_out_reports, *reports]
@@ -160,7 +162,7 @@ class _Checker:
         self.personal_data = patterns(exact_phones=False)
         self.held_out = Table()
         self.held_out_reports: list[FileReport] = []
-        self.tokens = TokenCounter(options.tokenizer, options.max_length) if options.tokenizer else None
+        self.tokens = LengthLimit(options.tokenizer, options.max_length) if options.tokenizer else None
         if options.held_out:
             self._read_held_out(options.held_out)
 
@@ -176,7 +178,6 @@ class _Checker:
     def check(self, file: str, copy: CleanCopy | None, progress: Callable[[str, int], None]) -> FileReport:
         report = FileReport(file, self.options.kind)
         summary = _Summary()
-        self.repeats.open(file)
         before = _state(file)
         for number, row in enumerate(rows(file, self.options.kind, self.options.format)):
             report.rows_in += row.rows
@@ -241,7 +242,7 @@ class _Checker:
 
     def _warnings(self, row: Row) -> Iterator[tuple[str, str]]:
         record = row.record
-        if repeated := self.repeats.seen(record, row.kind, row.line):
+        if repeated := self.repeats.seen(record, row.kind, row.file, row.line):
             yield repeated[0], " ".join(repeated)
         if self.options.held_out and (line := self.held_out.get(_folded_prompt(row))):
             yield "held-out", f"its prompt is that of {self.options.held_out}:{line}"

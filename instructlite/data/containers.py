@@ -26,7 +26,7 @@ STARTER = Path(__file__).parent / "starter"
 _STARTER_FILES = {"texts": "prose.jsonl", "prompts": "comparisons.jsonl"}
 _MAGIC = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip file"}
 _FILE_ENDINGS = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zip"}
-_READABLE = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
+_READABLE = {".jsonl", ".csv", ".tsv", ".parquet"}
 _SAVED = ("state.json", "dataset_dict.json")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%-]+))?")
 # What a CSV cell of these columns holds is JSON, since CSV has neither lists nor numbers.
@@ -71,9 +71,17 @@ def files_in(source: str | Path) -> list[Path] | None:
             return None
     if any((path / name).is_file() for name in _SAVED):
         return None
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READABLE and not file.name.startswith("."))
+    files = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if _holds_rows(file))
     of_split = [file for file in files if (split or "train") in str(file.relative_to(path))]
     return of_split if split or of_split else files
+
+
+def _holds_rows(file: Path) -> bool:
+    """By its name; a .json file beside data is more often about them (dataset_info.json) than of them."""
+    if file.suffix.lower() != ".json":
+        return file.suffix.lower() in _READABLE and file.is_file() and not file.name.startswith(".")
+    with file.open("rb") as handle:
+        return handle.read(100).lstrip().startswith(b"[")
 
 
 def _reader_for(handle: BinaryIO, path: Path) -> Callable[[BinaryIO], Entries]:
@@ -86,6 +94,9 @@ def _reader_for(handle: BinaryIO, path: Path) -> Callable[[BinaryIO], Entries]:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if re.match(rb"\[\s*(\{|\]|$)", start):
         return _json_array
+    if re.match(rb"\{[ \t\r]*\n\s*[^{\s]", start):
+        fault = Fault("is JSON over several lines, expected one object a line, or an array (jq -c . FILE > FILE.jsonl)")
+        return lambda _: iter([(0, fault)])
     header = start.partition(b"\n")[0].decode("utf-8", "replace").strip()
     delimiter = _delimiter(header)
     if path.suffix.lower() in (".csv", ".tsv") or (delimiter and not start.startswith((b"{", b"["))):
@@ -121,8 +132,9 @@ def _lines(handle: BinaryIO) -> Iterator[tuple[int, bytes | Fault]]:
         yield number, fault
 
 
-# A whole string, a quote that opens one without an end in sight, or a character that matters.
-_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\],]', re.DOTALL)
+# A string, or a character that matters. The quote that ends the string is optional, so that one whose end is not in sight yet is
+# found at once (group 1 is empty) and not by trying every shorter one.
+_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[{}\[\],]', re.DOTALL)
 _OPENS = {b"}": b"{", b"]": b"["}
 
 
@@ -135,7 +147,7 @@ def _json_array(handle: BinaryIO) -> Entries:
     buffer, brackets = b"", [b"?"]  # before the array's own bracket
     while True:
         token = _STRUCTURE.search(buffer, scan)
-        if token is None or token[0] == b'"':
+        if token is None or token[1] == b"":
             scan = token.start() if token else len(buffer)
             if len(buffer) - scan > MAX_LINE_BYTES or not (more := handle.read(2**20)):
                 break

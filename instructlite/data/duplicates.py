@@ -24,7 +24,7 @@ SLOTS = 64  # of a signature, 16 bits each; the estimate's standard error is at 
 BAND = 4  # slots that must all agree for two rows to be compared: 64 bits, so that a band is one integer
 LIKE_PROMPTS = 0.7
 """Prompts at least this alike stay in one split; a pair of this likeness is found with probability 1 - (1 - 0.7⁴)¹⁶ = 0.988."""
-LIKE_PARTS = 0.5
+LIKE_PARTS = 0.4
 """In near-duplicates, prompt and answers must each be this alike: one long prompt with two short answers is no duplicate."""
 
 # Thai, Chinese and Japanese have no blanks between words: there each character is one.
@@ -135,7 +135,8 @@ def prompt_clusters(prints: Fingerprints, earlier: np.ndarray) -> np.ndarray:
     (LIKE_PROMPTS), and what hangs together through these.
     """
     joined = Unions(len(prints))
-    joined.join(np.arange(len(prints)), earlier)
+    repeats = np.flatnonzero(earlier != np.arange(len(prints)))
+    joined.join(repeats, earlier[repeats])
     for keys in (prints.openings, prints.prompts):
         late, early = _neighbours(np.frombuffer(keys, np.uint64))
         joined.join(late, early)

@@ -59,7 +59,7 @@ class LabellerReport:
                 "no two annotators judged the same answers: let some items be judged twice (InstructGPT's labellers agreed on 73 %)"
             )
         elif not importlib.util.find_spec("krippendorff"):
-            notes.append("for Krippendorff's alpha: pip install 'instructlite[eval]'")
+            notes.append("for Krippendorff's alpha: pip install 'instructlite[data]'")
         for row in self.annotators:
             if row["shared"] >= SUSPICIOUS and row["agreement"] < 0.5:
                 notes.append(

@@ -133,6 +133,12 @@ def _compared(prompt: list[dict], chosen: str, rejected: str) -> dict:
 
 
 def _comparison(row: Mapping) -> dict:
+    sides = row["chosen"], row["rejected"]
+    if all(isinstance(side, list) and len(side) > 1 for side in sides):  # UltraFeedback: the prompt is told again in both
+        fields, asked = _from_conversations(row), row["prompt"]
+        if asked not in (fields["prompt"], fields["prompt"][-1]["content"]):
+            raise Fault("'chosen' is a conversation of its own, and its prompt is not 'prompt' (leave one of them out)")
+        return fields
     return _compared(prompt_of(row), answer(row["chosen"], "'chosen'"), answer(row["rejected"], "'rejected'"))
 
 

@@ -1,4 +1,4 @@
-"""Rows that are too long for training, by a model's own tokenizer and without torch."""
+"""Rows that are too long for training, by a model's own tokenizer and without torch. tokens.py also counts what the template adds."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 _ANSWERS = {"demonstrations": ["completion"], "comparisons": ["chosen", "rejected"]}
 
 
-class TokenCounter:
+class LengthLimit:
     """Tokens of prompt and answers, without those of the chat template, so that a row has at least as many."""
 
     def __init__(self, model: str, max_length: int | None):

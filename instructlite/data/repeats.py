@@ -62,18 +62,16 @@ class Repeats:
         self.files: list[str] = []
         self._table = Table()
 
-    def open(self, file: str) -> None:
-        self.files.append(file)
-
-    def seen(self, record: Mapping, kind: str, line: int) -> tuple[str, str] | None:
+    def seen(self, record: Mapping, kind: str, file: str, line: int) -> tuple[str, str] | None:
         """("repeats" or "contradicts", file:line of the earlier row), or None for a row that is new."""
         what, order = _judged(record, kind)
         key = hash((*what, annotator_of(record)))
         order = hash(order) & 0xFFFF
         earlier = self._table.get(key)
         if earlier is None:
-            file = min(len(self.files) - 1, 2**_FILE_BITS - 1)
-            self._table.add(key, (order << _FILE_BITS | file) << _LINE_BITS | min(line, 2**_LINE_BITS - 1))
+            if file not in self.files[-1:] and len(self.files) < 2**_FILE_BITS:
+                self.files.append(file)
+            self._table.add(key, (order << _FILE_BITS | len(self.files) - 1) << _LINE_BITS | min(line, 2**_LINE_BITS - 1))
             return None
         place = f"{self.files[(earlier >> _LINE_BITS) & (2**_FILE_BITS - 1)]}:{earlier & (2**_LINE_BITS - 1)}"
         return "repeats" if earlier >> (_LINE_BITS + _FILE_BITS) == order else "contradicts", place
