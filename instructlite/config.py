@@ -267,7 +267,7 @@ def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = ()) ->
         raise InstructLiteError(f"{path}: a recipe is a mapping of keys, such as 'model: smollm2-135m'")
     _check(Loop, values, str(path))
     for override in overrides:
-        given = _parse_override(override)
+        given = parse_override(override)
         _check(Loop, given, f"'{override}'")
         values = merge(values, given)
     missing = _unfilled({"model": REQUIRED, **values})
@@ -329,7 +329,8 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain data only
 
 
-def _parse_override(override: str) -> dict:
+def parse_override(override: str) -> dict:
+    """{key: value} of "key=value", the value read as YAML; dots in the key go down."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise InstructLiteError(f"'{override}': an option over a recipe is written key=value, such as ppo.kl_coef=0.1")

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from endpoints import stand_in
 
 from instructlite import __version__, cli
 from instructlite.config import load_loop, recipes
+from instructlite.data.records import read_records
 from instructlite.errors import InstructLiteError
 from instructlite.pipeline import LoopRun, StageRun
 
@@ -165,9 +167,9 @@ def test_data_check_of_a_good_file_exits_0(run_cli, tmp_path):
     good = tmp_path / "good.jsonl"
     good.write_text('{"prompt": "a", "completion": "b"}\n')
     result = run_cli("data", "check", good)
-    assert (result.code, result.out) == (0, f"{good}: 1 demonstrations, no problems\n")
+    assert (result.code, result.out) == (0, f"{good}: 1 rows in = 1 kept + 0 rejected: demonstrations (prompt-completion), no problems\n")
     assert run_cli("data", "check", good, "--kind", "rankings").code == 2
-    assert "choose demonstrations" in run_cli("data", "check", good, "--kind", "ranking").err
+    assert "no kind of record: demonstrations" in run_cli("data", "check", good, "--kind", "ranking").err
 
 
 def test_faults_in_training_data_are_told_with_what_did_not_happen(run_cli, tmp_path):
@@ -176,3 +178,23 @@ def test_faults_in_training_data_are_told_with_what_did_not_happen(run_cli, tmp_
     result = run_cli("run", "smollm2-135m", f"data.demonstrations={broken}", "--output", tmp_path / "run", "--only", "data")
     assert result.code == 2
     assert result.err.startswith(f"instructlite: the data has faults, nothing was trained:\n{broken}:1: ")
+
+
+def test_data_generate_asks_an_endpoint_and_loads_no_torch(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"prompt": "greet me"}\n')
+    answers = {"What a critic said": "a better answer", "NONE": "It is rude."}
+    reply = lambda prompt, before: next((said for key, said in answers.items() if key in prompt), "a first answer")  # noqa: E731
+    with stand_in(reply) as server:
+        given = ["data", "generate", "constitutional", "prompts.jsonl", "--model", "m", "--base-url", server.url, "--out", "out"]
+        code = f"import sys\nfrom instructlite.cli import main\ntry: main({given})\nexcept SystemExit: assert 'torch' not in sys.modules"
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "constitutional: 1 comparisons\n" in process.stdout, process.stderr
+        assert "m: 3 asked, 0 kept from before, 45 tokens" in process.stdout
+        assert process.stdout.endswith("Written: out\n")
+        again = run_cli(*given, "--max-requests", "3")
+        assert "m: 0 asked, 3 kept from before" in again.out
+        refused = run_cli(*given, "--set", "revision=2")
+    assert (refused.code, refused.err) == (2, "instructlite: 'revision' is no option of constitutional: revisions\n")
+    assert len(server.asked) == 3
+    assert len(read_records("out/comparisons.jsonl", "comparisons")) == 1

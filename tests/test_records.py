@@ -11,8 +11,9 @@ import tracemalloc
 import datasets
 import pytest
 
-from instructlite.data import records
-from instructlite.data.records import as_groups, check_file, data_hash, read_records, split_by_prompt, write_records
+from instructlite.data import containers
+from instructlite.data.check import check_file
+from instructlite.data.records import as_groups, data_hash, read_records, split_by_prompt, write_records
 from instructlite.data.schema import KINDS
 from instructlite.errors import BadRecords, InstructLiteError
 
@@ -205,9 +206,9 @@ WHOLE_FILE_FAULTS = {
     "empty": (b"", "the file has no rows"),
     "only blank lines": (b"\n \n\r\n", "the file has no rows"),
     "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "is UTF-16"),
-    "Parquet": (b"PAR1\x15\x04\x15", "is a Parquet file"),
+    "Parquet": (b"PAR1\x15\x04\x15", "the Parquet file is damaged"),
     "gzip": (gzip.compress(b'{"text": "a"}\n'), "is gzip"),
-    "JSON array": (b'\n [{"text": "a"}]\n', "is a JSON array"),
+    "empty JSON array": (b"\n [ ]\n", "the file has no rows"),
 }
 
 
@@ -237,13 +238,13 @@ def test_the_five_faults_of_the_check_command_are_each_named_with_their_line(jso
         b'{"prompt": "\xff", "completion": "b"}',
     )
     shown = str(check_file(path)).splitlines()
-    assert shown[0] == f"{path}: 1 demonstrations, 5 problems"
+    assert shown[0] == f"{path}: 6 rows in = 1 kept + 5 rejected: demonstrations (prompt-completion), 5 problems"
     for text, number, what in zip(shown[1:], (1, 3, 4, 5, 6), ("cut", "complettion", "empty", "at least 2", "0xff"), strict=True):
         assert text.startswith(f"{path}:{number}: ") and what in text
 
 
 def test_checking_loads_neither_torch_nor_transformers_nor_datasets(jsonl):
-    program = "import sys; from instructlite.data.records import check_file; check_file(sys.argv[1]); "
+    program = "import sys; from instructlite.data.check import check_file; check_file(sys.argv[1]); "
     program += "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program, jsonl(b"{")], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -256,12 +257,17 @@ def test_all_problems_of_all_files_are_kept_and_twenty_are_shown(jsonl):
         read_records([first, second], "texts")
     assert len(caught.value.problems) == 31 and caught.value.problems[-1].startswith(f"{second}:2: ")
     assert len(str(caught.value).splitlines()) == 21 and str(caught.value).endswith("+11 more")
-    assert str(check_file(first)).endswith("+10 more")
+    assert str(check_file(first)).endswith("the same in line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, +19 more")
 
 
-def test_reading_the_wrong_file_stops_after_a_thousand_bad_rows(jsonl):
-    problems = check_file(jsonl({"text": "a"}, *[b"x"] * 1100)).problems
-    assert len(problems) == 1001 and problems[-1].endswith("stopped after 1000 bad rows")
+def test_reading_the_wrong_file_stops_after_a_thousand_bad_rows_and_checking_counts_them_all(jsonl):
+    path = jsonl({"text": "a"}, *[b"x"] * 1100)
+    with pytest.raises(BadRecords) as caught:
+        read_records(path)
+    assert len(caught.value.problems) == 1001 and caught.value.problems[-1].endswith("stopped after 1000 bad rows")
+    report = check_file(path)
+    assert (report.rows_in, report.rows, report.rejected, report.found, len(report.problems)) == (1101, 1, 1100, 1100, 1000)
+    assert str(report).endswith("+989 more\n+100 more")
 
 
 def test_a_line_of_30_mb_is_refused_and_never_held_in_memory(jsonl):
@@ -308,7 +314,7 @@ def test_lines_end_at_line_feeds_only_and_texts_keep_their_line_breaks(jsonl):
 def test_control_characters_are_taken_out_and_counted(jsonl):
     path = jsonl({"text": "a\x00b\x1bc\td"}, {"text": "fine"})
     assert read_records(path)[0] == {"text": "abc\td"}
-    assert check_file(path).notes == ["rows with control characters, which are taken out: 1"]
+    assert check_file(path).warnings == {"control character": [f"{path}:1: held control characters"]}
 
 
 def test_rows_before_the_majority_kind_do_not_mislead(jsonl):
@@ -322,9 +328,9 @@ def test_the_kind_is_told_even_after_many_broken_rows(jsonl):
 
 
 def test_keys_that_fit_no_kind_get_the_list_of_kinds(jsonl):
-    report = check_file(jsonl({"instruction": "a", "output": "b"}))
+    report = check_file(jsonl({"headline": "a", "body": "b"}))
     assert report.kind is None
-    assert "'instruction', 'output' fit no kind" in report.problems[0] and "demonstrations (messages)" in report.problems[0]
+    assert "'headline', 'body' fit no kind" in report.problems[0] and "demonstrations (messages)" in report.problems[0]
 
 
 def test_a_wanted_kind_is_held_against_the_file(jsonl):
@@ -371,7 +377,7 @@ def test_every_layout_comes_out_in_the_normal_form_and_so_does_the_normal_form(j
     (record,) = read_records(path)
     assert record == expected | {"source": "x", "score": [1.5, None]}
     assert read_records([record]) == [record]
-    assert check_file(path).notes == ["extra keys kept: " + ", ".join(sorted(record.keys() - {*GOOD[check_file(path).kind]}))]
+    assert check_file(path).notes[0:1] == ["extra keys kept: " + ", ".join(sorted(record.keys() - {*GOOD[check_file(path).kind]}))]
 
 
 def test_rows_in_memory_may_mix_comparisons_and_rankings_and_bad_ones_are_numbered():
@@ -388,13 +394,6 @@ def test_rows_in_memory_may_mix_comparisons_and_rankings_and_bad_ones_are_number
 def test_several_files_are_read_one_after_the_other_each_of_its_own_kind(jsonl):
     paths = [jsonl(GOOD["rankings"], name="a.jsonl"), str(jsonl(GOOD["comparisons"], name="b.jsonl"))]
     assert [sorted(record) for record in read_records(paths)] == [["prompt", "ranks", "responses"], ["chosen", "prompt", "rejected"]]
-
-
-def test_repeated_and_contradicting_rows_are_noted_but_kept(jsonl):
-    path = jsonl(comparison(), comparison(n=2), comparison(chosen="Go.", rejected="Hello."), comparison(prompt="Other"))
-    report = check_file(path)
-    assert report.notes[1:] == ["rows that repeat an earlier one: 1", "pairs that contradict an earlier one: 1"]
-    assert not report.problems and report.rows == 4 == len(read_records(path))
 
 
 def test_a_hub_data_set_is_read_with_its_split_and_its_rows_are_numbered(monkeypatch):
@@ -558,7 +557,7 @@ def test_whatever_a_line_holds_it_is_a_row_or_a_problem_and_never_a_traceback(js
     rng = random.Random(kind)
     good = [
         json.loads(text)
-        for text in (records.STARTER / records._STARTER_FILES.get(kind, f"{kind}.jsonl")).read_text("utf-8").split("\n")[:40]
+        for text in (containers.STARTER / containers._STARTER_FILES.get(kind, f"{kind}.jsonl")).read_text("utf-8").split("\n")[:40]
         if text
     ]
     lines = []

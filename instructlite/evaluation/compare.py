@@ -23,7 +23,7 @@ from ..models.base import base_of
 from ..models.manifest import Adapter
 from ..models.roles import RoleModel
 from ..models.sampling import Progress, Sampling, generate, log_probs
-from ..training.recipe import progress
+from ..progress import progress
 from . import statistics
 from .curves import training_of
 from .judges import RewardJudge, reward_scores

@@ -284,6 +284,11 @@ def keep_bytes(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer with its template, as training would have it, without the model."""
+    return _load_tokenizer(_resolve(model, None), None, chat_template)
+
+
 def _load_tokenizer(path: Path, tokenizer_path: str | Path | None, chat_template: str | None) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path, padding_side="left")
     if chat_template in TEMPLATES:

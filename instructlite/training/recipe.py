@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -29,8 +29,6 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .. import __version__
@@ -40,6 +38,7 @@ from ..errors import InstructLiteError
 from ..models.base import Base
 from ..models.manifest import NAME as MANIFEST
 from ..models.manifest import Adapter, is_adapter, write_manifest
+from ..progress import Advance, console, progress
 from .checkpoints import Checkpointing, bytes_of_a_checkpoint, full_disk_explained, newest_verified, step_of, sweep
 from .interrupt import Interrupted, Interruption
 from .work import (
@@ -60,8 +59,6 @@ from .work import (
     write_record,
     write_text,
 )
-
-Advance = Callable[..., None]
 
 REFUSED = {
     "output_dir": "give the directory to run()",
@@ -109,7 +106,7 @@ class Run:
     def note(self, text: str) -> None:
         """A line for the user that stops nothing."""
         if is_main_process():
-            _console().print(f"{self.recipe}: {text}")
+            console().print(f"{self.recipe}: {text}")
 
     def watch(self, trainer: Checkpointing) -> None:
         """Report progress, write metrics.jsonl, stop on non-finite gradients and after signals."""
@@ -349,38 +346,6 @@ class Watch(TrainerCallback):
         )
 
 
-@contextmanager
-def progress(label: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """Show on stderr how far a long step is and how long it will take: a bar on a terminal, else a line every 10 % or so.
-
-    done: what was there before. Yields advance(count=1, note="").
-    """
-    console = _console()
-    if not is_main_process():
-        yield lambda count=1, note="": None
-        return
-    if console.is_terminal:
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                   TimeRemainingColumn(), TextColumn("{task.fields[note]}")]  # fmt: skip
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(label, total=total, completed=done, note="")
-            yield lambda count=1, note="": bar.update(task, advance=count, note=note)
-        return
-    start = shown_at = time.perf_counter()
-    first, shown = done, 10 * done // max(1, total)
-
-    def advance(count: int = 1, note: str = "") -> None:
-        nonlocal done, shown, shown_at
-        done, now = done + count, time.perf_counter()
-        if done < total and (10 * done // total <= shown or now - shown_at < 1):
-            return
-        shown, shown_at, seconds = 10 * done // total, now, now - start
-        left = f"took {_clock(seconds)}" if done >= total else f"{_clock(seconds / (done - first) * (total - done))} left"
-        console.print(", ".join(filter(None, [f"{label} {done}/{total}", note, left])))
-
-    yield advance
-
-
 def save_adapter(
     model: PeftModel, base: Base, directory: Path, *, role: str, score_bias: float | None = None, parents: dict[str, str] | None = None
 ) -> None:
@@ -498,13 +463,5 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _console() -> Console:
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-
-
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -21,8 +21,9 @@ from ..config import SFTOptions
 from ..errors import InstructLiteError
 from ..models.base import Base, base_of, lora_config
 from ..models.manifest import Adapter, verify
+from ..progress import progress
 from .checkpoints import Checkpointing
-from .recipe import Recipe, Run, full_precision, parent_of, progress, save_adapter, training_metrics, without_dataset_bars
+from .recipe import Recipe, Run, full_precision, parent_of, save_adapter, training_metrics, without_dataset_bars
 
 
 class SFTTrainer(Checkpointing, trl.SFTTrainer):
