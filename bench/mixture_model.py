@@ -17,22 +17,25 @@ import recording
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 
+from instructlite.data.duplicates import key64
 from instructlite.data.formats import Row, rows
 from instructlite.data.mixture import MODEL_FILE, SAME_AS, category_of, use_case_features
 from instructlite.data.steps import Sample
 
+LEAST = 20
+
 
 def labelled(paths: list[Path]) -> tuple[list[list[str]], list[str], list[str]]:
-    """Features, labels and first user turns of the rows that have a category which is not known by rule."""
-    features, labels, prompts = [], [], []
+    """Features, labels and prompts of the rows that have a category, if it has enough of them to be learnt."""
+    found = []
     for path in paths:
         for row in rows(path, "demonstrations"):
             if isinstance(row, Row) and (label := row.record.get("category")):
                 sample = Sample(row.record, row.kind, row.file, row.line)
-                features.append(use_case_features(sample))
-                labels.append(SAME_AS.get(label, label))
-                prompts.append(" ".join(sample.prompt.casefold().split()))
-    return features, labels, prompts
+                found.append((use_case_features(sample), SAME_AS.get(label, label), " ".join(sample.prompt.casefold().split())))
+    common = {label for label, number in Counter(label for _, label, _ in found).items() if number >= LEAST}
+    features, labels, prompts = zip(*[row for row in found if row[1] in common], strict=True)
+    return list(features), list(labels), list(prompts)
 
 
 def matrix(features: list[list[str]], vocabulary: dict[str, int]) -> csr_matrix:
@@ -45,7 +48,7 @@ def fit(features: list[list[str]], labels: list[str], strength: float) -> dict:
     """The weights of the features that L1 keeps: {labels, intercepts, weights: {feature: one number a label}}."""
     counts = Counter(feature for row in features for feature in row)
     vocabulary = {feature: number for number, feature in enumerate(sorted(f for f, n in counts.items() if n >= 5))}
-    model = LogisticRegression(C=strength, l1_ratio=1, solver="saga", class_weight="balanced", max_iter=400, tol=1e-3, random_state=0)
+    model = LogisticRegression(C=strength, l1_ratio=1, solver="saga", class_weight="balanced", max_iter=1000, tol=2e-3, random_state=0)
     model.fit(matrix(features, vocabulary), labels)
     kept = {name: model.coef_[:, number] for name, number in vocabulary.items() if np.abs(model.coef_[:, number]).max() > 0.01}
     weights = {name: np.round(row, 3).tolist() for name, row in kept.items()}
@@ -78,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     features, labels, prompts = labelled(args.files)
     # The same prompt, and what begins alike, is held out together.
-    held = [hash_share(prompt[:40]) < 0.2 for prompt in prompts]
+    held = [key64(prompt[:40]) / 2**64 < 0.2 for prompt in prompts]
     train = [i for i, out in enumerate(held) if not out]
     test = [i for i, out in enumerate(held) if out]
     model = fit([features[i] for i in train], [labels[i] for i in train], args.strength)
@@ -93,12 +96,6 @@ def main() -> None:
         MODEL_FILE.write_text(f'{head[:-1]},\n"weights":{{\n{lines}\n}}}}\n', encoding="utf-8")
     if args.json:
         recording.write(args.json, result)
-
-
-def hash_share(text: str) -> float:
-    from instructlite.data.duplicates import key64
-
-    return key64(text) / 2**64
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ _HOME = {
     "Adapter": "models.manifest",
     "InstructLiteError": "errors",
     "evaluate": "evaluation.compare",
+    "prepare": "data.prepare",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from .data.prepare import prepare
     from .errors import InstructLiteError
     from .evaluation.compare import evaluate
     from .models.manifest import Adapter

@@ -33,12 +33,26 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
 app.add_typer(data_app, name="data")
 
-LISTED_PEOPLE = 30
 # Options of `data prepare` that have the names of PrepareOptions' fields.
 PREPARE_OPTIONS = (
-    *("kind", "near_duplicates", "pii", "toxicity", "contradictions", "mix", "mix_distance", "heldout", "judge", "ppo", "group_by"),
+    *(
+        "kind",
+        "near_duplicates",
+        "pii",
+        "pii_backend",
+        "toxicity",
+        "max_toxicity",
+        "contradictions",
+        "mix",
+        "mix_distance",
+        "heldout",
+        "judge",
+        "ppo",
+        "group_by",
+    ),
     *("tokenizer", "max_length", "seed"),
 )
+LISTED_PEOPLE = 30
 RESUME = "Let a stage that was interrupted go on from its last checkpoint."
 
 
@@ -168,6 +182,69 @@ def data_check(
         raise typer.Exit(2)
 
 
+@data_app.command("prepare")
+def data_prepare(
+    files: Annotated[
+        list[str], typer.Argument(metavar="IN", help="Files, directories or data sets on the Hub, in any format that check reads.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the clean files and the report go.")],
+    kind: Annotated[
+        str | None, typer.Option(help="demonstrations, comparisons, rankings, prompts or texts.", show_default="told from the keys")
+    ] = None,
+    near_duplicates: Annotated[
+        float, typer.Option(help="Common share of words from which rows are near-duplicates; 1: leave them.")
+    ] = 0.75,
+    min_answer: Annotated[int | None, typer.Option(metavar="CHARACTERS", help="Shortest good answer.")] = None,
+    max_prompt: Annotated[int | None, typer.Option(metavar="CHARACTERS", help="Longest prompt.")] = None,
+    max_answer: Annotated[int | None, typer.Option(metavar="CHARACTERS", help="Longest answer.")] = None,
+    language: Annotated[list[str] | None, typer.Option(metavar="CODE", help="Keep this language, such as en; may be repeated.")] = None,
+    quality: Annotated[
+        list[str] | None, typer.Option(metavar="RULE=ACTION", help="Such as 'refusal=drop'; actions: drop, count, off. May be repeated.")
+    ] = None,
+    pii: Annotated[str, typer.Option(help="Personal data: count, mask, drop or off.")] = "count",
+    pii_backend: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Your finder of personal data: text to (start, end, kind).")
+    ] = None,
+    phone_region: Annotated[
+        list[str] | None, typer.Option(metavar="CODE", help="A country whose telephone numbers are known without +.", show_default="US")
+    ] = None,
+    toxicity: Annotated[str | None, typer.Option(metavar="SCORER", help="'profanity', or your module:function (texts to scores).")] = None,
+    max_toxicity: Annotated[float, typer.Option(help="Rows whose good answer scores this much or more go.")] = 0.9,
+    evaluation: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A file that must not leak; may be repeated.")] = None,
+    contradictions: Annotated[str, typer.Option(help="Pairs preferred both ways: drop the minority, or count.")] = "drop",
+    mix: Annotated[str | None, typer.Option(metavar="MIX", help="Sample towards a mix of use cases: instructgpt, or a YAML file.")] = None,
+    mix_distance: Annotated[float, typer.Option(help="How far from the mix the sample may be; more keeps more rows.")] = 0.1,
+    heldout: Annotated[float, typer.Option(help="Share of the rows to hold out.")] = 0.1,
+    judge: Annotated[float, typer.Option(help="Share of the preferences for the judge.")] = 0.1,
+    ppo: Annotated[float, typer.Option(help="Share of the preferences whose prompts go to PPO.")] = 0.2,
+    group_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Report rows and agreement by this column too.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help="Count tokens with this model's tokenizer.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens that training will keep, for the report; with --tokenizer.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Decides which prompts are held out.")] = 0,
+) -> None:
+    """Clean, de-duplicate and split data files, and write a report of what was done: demonstrations, comparisons, rankings, prompts."""
+    from .data.prepare import prepare
+
+    same = {name: value for name, value in locals().items() if name in PREPARE_OPTIONS}
+    rules = [rule.rpartition("=") for rule in quality or []]
+    with _counting() as progress:
+        report = prepare(
+            files,
+            out,
+            progress=progress,
+            **same,
+            min_answer_characters=min_answer,
+            max_prompt_characters=max_prompt,
+            max_answer_characters=max_answer,
+            language=tuple(language or ()),
+            quality={name: action for name, _, action in rules},
+            phone_regions=tuple(phone_region or ("US",)),
+            evaluation=tuple(evaluation or ()),
+        )
+    print(report)
+    print(f"\nWritten to {out}; read {out / 'data_report.html'}")
+
+
 @data_app.command("report")
 def data_report(
     files: Annotated[list[str], typer.Argument(metavar="FILE", help="As for check.")],
@@ -220,65 +297,6 @@ def _people_table(title: str, people: list[dict]) -> "Table":
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no -0.00
-
-
-@data_app.command("prepare")
-def data_prepare(
-    files: Annotated[
-        list[str], typer.Argument(metavar="IN", help="Files, directories or data sets on the Hub, in any format that check reads.")
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the clean files and the report go.")],
-    kind: Annotated[
-        str | None, typer.Option(help="demonstrations, comparisons, rankings, prompts or texts.", show_default="told from the keys")
-    ] = None,
-    near_duplicates: Annotated[
-        float, typer.Option(help="Common share of words from which rows are near-duplicates; 1: leave them.")
-    ] = 0.75,
-    min_answer: Annotated[int | None, typer.Option(metavar="CHARACTERS", help="Shortest good answer.")] = None,
-    max_prompt: Annotated[int | None, typer.Option(metavar="CHARACTERS", help="Longest prompt.")] = None,
-    max_answer: Annotated[int | None, typer.Option(metavar="CHARACTERS", help="Longest answer.")] = None,
-    language: Annotated[list[str] | None, typer.Option(metavar="CODE", help="Keep this language, such as en; may be repeated.")] = None,
-    quality: Annotated[
-        list[str] | None, typer.Option(metavar="RULE=ACTION", help="Such as 'refusal=drop'; actions: drop, count, off. May be repeated.")
-    ] = None,
-    pii: Annotated[str, typer.Option(help="Personal data: count, mask, drop or off.")] = "count",
-    phone_region: Annotated[
-        list[str] | None, typer.Option(metavar="CODE", help="A country whose telephone numbers are known without +.", show_default="US")
-    ] = None,
-    toxicity: Annotated[str | None, typer.Option(metavar="SCORER", help="'profanity', or your module:function (texts to scores).")] = None,
-    evaluation: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A file that must not leak; may be repeated.")] = None,
-    contradictions: Annotated[str, typer.Option(help="Pairs preferred both ways: drop the minority, or count.")] = "drop",
-    mix: Annotated[str | None, typer.Option(metavar="MIX", help="Sample towards a mix of use cases: instructgpt, or a YAML file.")] = None,
-    mix_distance: Annotated[float, typer.Option(help="How far from the mix the sample may be; more keeps more rows.")] = 0.1,
-    heldout: Annotated[float, typer.Option(help="Share of the rows to hold out.")] = 0.1,
-    judge: Annotated[float, typer.Option(help="Share of the preferences for the judge.")] = 0.1,
-    ppo: Annotated[float, typer.Option(help="Share of the preferences whose prompts go to PPO.")] = 0.2,
-    group_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Report rows and agreement by this column too.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help="Count tokens with this model's tokenizer.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens that training will keep, for the report; with --tokenizer.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Decides which prompts are held out.")] = 0,
-) -> None:
-    """Clean, de-duplicate and split data files, and write a report of what was done: demonstrations, comparisons, rankings, prompts."""
-    from .data.prepare import prepare
-
-    same = {name: value for name, value in locals().items() if name in PREPARE_OPTIONS}
-    rules = [rule.rpartition("=") for rule in quality or []]
-    with _counting() as progress:
-        report = prepare(
-            files,
-            out,
-            progress=progress,
-            **same,
-            min_answer_characters=min_answer,
-            max_prompt_characters=max_prompt,
-            max_answer_characters=max_answer,
-            language=tuple(language or ()),
-            quality={name: action for name, _, action in rules},
-            phone_regions=tuple(phone_region or ("US",)),
-            evaluation=tuple(evaluation or ()),
-        )
-    print(report)
-    print(f"\nWritten to {out}; read {out / 'data_report.html'}")
 
 
 def _scale(text: str | None) -> tuple[float, float] | None:

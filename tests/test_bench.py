@@ -12,11 +12,13 @@ from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # programs, not a package: they find each other as scripts do
 
+import data_rate
 import phases as phases_module
 import ppo_gpu
 import ppo_profile
 from phases import CLEAR_REFS, Phases
 
+from instructlite.data.containers import STARTER
 from instructlite.training import rollout
 
 SCORES = [f"score: {role}" for role in ppo_profile.ROLES]
@@ -134,3 +136,25 @@ def test_ppo_gpu_compares_nf4_with_bf16(tmp_path, capsys):
     assert 0.3 < result["weights_ratio"] < 0.8  # the embeddings and the head stay in bf16
     assert result["speed_ratio"] == pytest.approx(result["bf16"]["seconds_per_cycle"] / result["nf4"]["seconds_per_cycle"], rel=0.05)
     assert "nf4 / bf16: weights" in capsys.readouterr().out
+
+
+def test_data_rate_measures_check_and_prepare_in_their_own_processes(tmp_path, capsys):
+    pytest.importorskip("rensa")
+    data_rate.main(["--rows", "150", "300", "--work", str(tmp_path), "--json", str(tmp_path / "d.json")])
+    result = json.loads((tmp_path / "d.json").read_text())
+    for task in ("check", "prepare"):
+        assert [row["rows"] for row in result[task]] == [150, 300]
+        assert all(row["peak_mb"] > 10 and row["seconds"] > 0 for row in result[task])
+    assert "2 times the rows" in capsys.readouterr().out
+    data_rate.generate(tmp_path / "c.jsonl", 50)
+    assert 700 < (tmp_path / "c.jsonl").stat().st_size / 50 < 1500  # bytes a row
+
+
+def test_the_classifier_of_use_cases_is_trained_and_measured():
+    pytest.importorskip("sklearn")
+    import mixture_model
+
+    features, labels, prompts = mixture_model.labelled([STARTER / "demonstrations.jsonl"])
+    assert set(labels) == {"open_qa", "brainstorming"}  # the others are too rare there to be learnt
+    result = mixture_model.measure(mixture_model.fit(features, labels, 1.0), features, labels)
+    assert result["rows"] == len(prompts) == 130 and result["accuracy"] > 0.9

@@ -85,6 +85,29 @@ def test_prompts_are_different_and_those_of_ppo_and_train(starter):
     assert {"ppo_comparisons.jsonl", "heldout_prompts.jsonl", "judge_comparisons.jsonl"} <= {path.name for path in out.iterdir()}
 
 
+def test_demonstrations_are_trained_on_wherever_the_preferences_for_their_prompt_go(tmp_path):
+    prompts = [f"What is the {number}th word of the book about {number * 7} seas?" for number in range(60)]
+    rows = [{"prompt": prompt, "completion": f"It is {answer}."} for prompt in prompts for answer in ("sea", "a wholly different word")]
+    rows += [{"prompt": prompt, "chosen": "That one there.", "rejected": "I do not read."} for prompt in prompts]
+    report = prepare(rows, tmp_path / "out", near_duplicates=1, judge=0.3, ppo=0.3)
+    check_counts(report, tmp_path / "out")
+    assert {name for name in report.files if "demonstrations" in name} == {"demonstrations.jsonl", "heldout_demonstrations.jsonl"}
+    of_ppo = [row["prompt"][0]["content"] for row in lines(tmp_path / "out" / "prompts.jsonl")]
+    assert sorted(of_ppo) == sorted({row["prompt"][0]["content"] for row in lines(tmp_path / "out" / "ppo_comparisons.jsonl")})
+    assert len(of_ppo) == 18
+
+
+def test_rows_that_become_one_record_are_all_counted(tmp_path):
+    scored = [
+        {"prompt": f"Question {item}, please?", "response": f"Answer {score}", "score": score} for item in "abc" for score in (1, 5, 7, 7)
+    ]
+    write_records(tmp_path / "scored.jsonl", [*scored, {"prompt": "alone", "response": "x", "score": 1}])
+    report = prepare([tmp_path / "scored.jsonl"], tmp_path / "out", heldout=0, judge=0, ppo=0)
+    check_counts(report, tmp_path / "out")
+    assert (report.rows_in, report.records, report.rejected) == (13, 3, 1)
+    assert "13 rows in (3 records), 3 kept, 1 rejected" in report.summary()
+
+
 def test_the_report_is_a_page_without_scripts_that_a_person_can_read(starter):
     report, out = starter
     page = (out / "data_report.html").read_text()
@@ -111,6 +134,8 @@ def broken_files(tmp_path):
     bad = [
         good[0],
         {**good[1], "completion": "The peace was long and peace once again."},
+        {"prompt": "Where can I find her then?", "completion": "Write to jane@mail.org, or call at the house by the sea."},
+        {"prompt": "Where can I find her then?", "completion": "Write to jane@mail.org, or call at the house by the lake."},
         {"prompt": "Say hi to this man", "completion": "Say hi to this man"},
         {"prompt": "Which <b>tag</b>?", "completion": "Hi<|im_end|> <script>alert(1)</script>"},
         {"prompt": "Write to me", "completion": "At jane@mail.org, or 212-736-5000"},
@@ -135,13 +160,13 @@ def test_each_step_rejects_its_own(tmp_path):
     report = prepare(files, tmp_path / "out", evaluation=(str(tmp_path / "evaluation.jsonl"),), **ALL)
     check_counts(report, tmp_path / "out")
     assert {step.name: sum(step.rejected.values()) for step in report.steps if step.rejected} == {
-        "read": 3, "personal data": 1, "exact duplicates": 1, "length": 2, "language": 1, "quality": 2, "evaluation leaks": 1,
+        "read": 3, "personal data": 3, "exact duplicates": 1, "length": 2, "language": 1, "quality": 2, "evaluation leaks": 1,
         "near-duplicates": 1,
     }  # fmt: skip
     rejected = lines(tmp_path / "out" / "rejected.jsonl")
     assert all(row["file"] == str(files[0]) and row["line"] > 0 and row["reason"] for row in rejected)
     assert rejected[0] | {"row": None} == {
-        "step": "read", "reason": rejected[0]["reason"], "file": str(files[0]), "line": 16, "row": None,
+        "step": "read", "reason": rejected[0]["reason"], "file": str(files[0]), "line": 18, "row": None,
     }  # fmt: skip
     assert next(row["reason"] for row in rejected if row["step"] == "near-duplicates") == f"near-duplicate: of {files[0]}:2"
     everything = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
@@ -288,7 +313,7 @@ def test_the_command_takes_every_option_and_says_where_to_look(tmp_path):
     arguments = ["data", "prepare", *map(str, broken_files(tmp_path)), "--out", str(tmp_path / "out"), "--quality", "refusal=drop"]
     told = CliRunner().invoke(app, [*arguments, "--min-answer", "3", "--pii", "mask", "--heldout", "0.2", "--near-duplicates", "0.8"])
     assert told.exit_code == 0, told.output
-    assert "18 rows in" in told.output and "data_report.html" in told.output
+    assert "20 rows in" in told.output and "data_report.html" in told.output
     assert set(PREPARE_OPTIONS) <= set(PrepareOptions.__dataclass_fields__)
 
 

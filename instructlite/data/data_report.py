@@ -221,9 +221,9 @@ def percent(share: float | None) -> str:
 def _remarks(report: DataReport) -> Iterable[str]:
     """What a person should know before training on this."""
     found = {step.name: step for step in report.steps}
-    lost = report.rejected / report.rows_in if report.rows_in else 0
-    if lost > 0.2:
-        yield f"{percent(lost)} of the rows were rejected: look into rejected.jsonl before training."
+    lost = report.rejected - sum(found["use-case mix"].rejected.values())  # what the mix leaves out is as asked for
+    if report.rows_in and lost / report.rows_in > 0.2:
+        yield f"{percent(lost / report.rows_in)} of the rows were rejected: look into rejected.jsonl before training."
     personal = found.get("personal data")
     if personal and personal.noticed:
         kinds = ", ".join(f"{name} {rows:,}" for name, rows in personal.noticed.most_common())

@@ -135,7 +135,8 @@ def prompt_clusters(prints: Fingerprints, earlier: np.ndarray) -> np.ndarray:
     (LIKE_PROMPTS), and what hangs together through these.
     """
     joined = Unions(len(prints))
-    joined.join(np.arange(len(prints)), earlier)
+    repeats = np.flatnonzero(earlier != np.arange(len(prints)))
+    joined.join(repeats, earlier[repeats])
     for keys in (prints.openings, prints.prompts):
         late, early = _neighbours(np.frombuffer(keys, np.uint64))
         joined.join(late, early)

@@ -1,8 +1,8 @@
 """The use cases of a data set: measured against InstructGPT's, and rows sampled towards a mix.
 
 A row's `category` says its use case. Where it has none, a small linear model looks at the prompt's words: trained on Dolly's prompts by
-bench/mixture_model.py, its accuracy on held-out ones stands in the report. Two use cases too rare there are told by rule: a conversation
-of several turns is chat, and a prompt that opens with a word such as "rephrase" is a rewrite.
+bench/mixture_model.py; its agreement with held-out labels (made by rule themselves) stands in the report. Two use cases too rare there
+are told by rule: a conversation of several turns is chat, and a prompt that opens with a word such as "rephrase" is a rewrite.
 """
 
 import json

@@ -357,7 +357,7 @@ def _steps(options: PrepareOptions, find: Backend, conceal: Callable[[str], str]
 def _pii_backend(options: PrepareOptions) -> Backend:
     given = options.pii_backend
     if given is None:
-        return patterns(options.phone_regions)
+        return patterns(options.phone_regions, exact_phones=options.pii != "off")  # off: only what the report shows is masked
     return named_function("pii_backend", given) if isinstance(given, str) else given
 
 
@@ -400,7 +400,7 @@ def _own_files(output: Path) -> set[str]:
     if not report.is_file():
         return set()
     try:
-        return {REJECTED, *REPORTS, *json.loads(report.read_text(encoding="utf-8"))["files"]}
+        return {REJECTED, *REPORTS, *(Path(name).name for name in json.loads(report.read_text(encoding="utf-8"))["files"])}
     except (ValueError, KeyError, TypeError) as error:
         raise InstructLiteError(f"{report}: is no report of `data prepare` (choose another directory)") from error
 
