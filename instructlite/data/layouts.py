@@ -316,9 +316,7 @@ def _walk(root: object) -> list[dict]:
         path = messages([*before, {**turn, "role": last if turn["role"] == "prompter" else turn["role"]}], where, last=last)
         replies = node.get("replies") or []
         expect(replies, list, f"{where}: 'replies'", "a list")
-        kept = [
-            reply for reply in replies if not (isinstance(reply, Mapping) and (reply.get("deleted") or reply.get("review_result") is False))
-        ]
+        kept = [reply for reply in replies if not (isinstance(reply, Mapping) and _was_removed(reply))]
         stack += [(reply, path, f"{where}, reply {place}") for place, reply in reversed(list(enumerate(kept, 1)))]
         if last == "user":
             fields += _replies(kept, path, node)
