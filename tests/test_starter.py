@@ -8,7 +8,7 @@ from instructlite.data.check import check_file
 from instructlite.data.containers import STARTER
 from instructlite.data.records import read_records, split_by_prompt
 
-ROWS = {"demonstrations": 320, "comparisons": 908, "rankings": 29, "prose": 143}
+ROWS = {"demonstrations": 320, "comparisons": 828, "rankings": 29, "prose": 143}
 KINDS = {"demonstrations": "demonstrations", "comparisons": "comparisons", "rankings": "rankings", "prose": "texts"}
 
 
