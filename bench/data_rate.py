@@ -56,7 +56,7 @@ def check(path: Path, work: Path) -> int:
 
 
 def prepare(path: Path, work: Path) -> int:
-    from instructlite.data.prepare import prepare
+    from instructlite.data.preparing.prepare import prepare
 
     report = prepare([path], work / "out")
     assert report.rows_in == report.kept + report.rejected

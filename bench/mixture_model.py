@@ -17,10 +17,10 @@ import recording
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 
-from instructlite.data.duplicates import key64
 from instructlite.data.formats import Row, rows
-from instructlite.data.mixture import MODEL_FILE, SAME_AS, category_of, use_case_features
-from instructlite.data.steps import Sample
+from instructlite.data.preparing.duplicates import key64
+from instructlite.data.preparing.mixture import MODEL_FILE, SAME_AS, category_of, use_case_features
+from instructlite.data.preparing.steps import Sample
 
 LEAST = 20
 

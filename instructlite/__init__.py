@@ -31,7 +31,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from .data.prepare import prepare
+    from .data.preparing.prepare import prepare
     from .errors import InstructLiteError
     from .evaluation.compare import evaluate
     from .models.manifest import Adapter

@@ -200,8 +200,8 @@ def data_generate(
 ) -> None:
     """Have a model write data: new tasks, harder tasks, revised answers, preferences, or the best of several answers."""
     from .config import parse_override
-    from .data.completer import Budget, Endpoint
-    from .data.synthetic import generate
+    from .data.generating.completer import Budget, Endpoint
+    from .data.generating.synthetic import generate
 
     given = {key: value for option in options or [] for key, value in parse_override(option).items()}
     budget = Budget(
@@ -269,7 +269,7 @@ def data_prepare(
     seed: Annotated[int, typer.Option(help="Decides which prompts are held out.")] = 0,
 ) -> None:
     """Clean, de-duplicate and split data files, and write a report of what was done: demonstrations, comparisons, rankings, prompts."""
-    from .data.prepare import prepare
+    from .data.preparing.prepare import prepare
 
     same = {name: value for name, value in locals().items() if name in PREPARE_OPTIONS}
     rules = [rule.rpartition("=") for rule in quality or []]

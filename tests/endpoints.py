@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from instructlite.data.completer import Answer
+from instructlite.data.generating.completer import Answer
 
 
 @dataclass

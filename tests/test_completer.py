@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from endpoints import FakeCompleter, Reply, stand_in
 
-from instructlite.data import completer as module
-from instructlite.data.completer import Answer, Budget, Completions, Endpoint, Pace, Request
+from instructlite.data.generating import completer as module
+from instructlite.data.generating.completer import Answer, Budget, Completions, Endpoint, Pace, Request
 from instructlite.errors import InstructLiteError
 
 
@@ -244,7 +244,7 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path):
 
 ASKING = """
 import sys
-from instructlite.data.completer import Completions, Endpoint, Request
+from instructlite.data.generating.completer import Completions, Endpoint, Request
 completions = Completions(Endpoint("m", sys.argv[1], parallel=2), sys.argv[2])
 answers = completions.ask([Request([{"role": "user", "content": str(i)}]) for i in range(12)])
 assert [answer.text for answer in answers] == [f"to {i}" for i in range(12)]

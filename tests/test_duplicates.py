@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 
 from instructlite.data import formats
-from instructlite.data.duplicates import Fingerprints, contradictions, exact_duplicates, key64, near_duplicates, prompt_clusters, words_of
+from instructlite.data.preparing.duplicates import (
+    Fingerprints,
+    contradictions,
+    exact_duplicates,
+    key64,
+    near_duplicates,
+    prompt_clusters,
+    words_of,
+)
+from instructlite.data.preparing.steps import Sample, StepCount
 from instructlite.data.schema import KINDS
-from instructlite.data.steps import Sample, StepCount
 
 pytest.importorskip("rensa")
 
@@ -172,7 +180,7 @@ def test_words_leave_case_and_punctuation_aside():
 
 
 def test_keys_are_those_of_any_other_process():
-    code = "from instructlite.data.duplicates import key64; print(key64('a', ['b', 1]))"
+    code = "from instructlite.data.preparing.duplicates import key64; print(key64('a', ['b', 1]))"
     told = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**__import__("os").environ, "PYTHONHASHSEED": "7"}
     )

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from endpoints import FakeCompleter, Reply, stand_in
 
-from instructlite.data import completer as module
-from instructlite.data.completer import Answer, Completions, Endpoint
-from instructlite.data.pairwise import Pair
+from instructlite.data.generating import completer as module
+from instructlite.data.generating.completer import Answer, Completions, Endpoint
+from instructlite.data.generating.pairwise import Pair
 from instructlite.evaluation.judges import Answered, LanguageModelJudge, preference
 
 

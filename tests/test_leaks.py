@@ -5,8 +5,8 @@ import random
 import pytest
 
 from instructlite.data import formats
-from instructlite.data.leaks import EvaluationSet, evaluation_texts, leaks
-from instructlite.data.steps import Sample, StepCount
+from instructlite.data.preparing.leaks import EvaluationSet, evaluation_texts, leaks
+from instructlite.data.preparing.steps import Sample, StepCount
 
 
 def starter(kind: str) -> list[Sample]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from instructlite.data import formats
-from instructlite.data.mixture import (
+from instructlite.data.preparing.mixture import (
     INSTRUCTGPT,
     category,
     category_of,
@@ -15,7 +15,7 @@ from instructlite.data.mixture import (
     towards,
     use_case_features,
 )
-from instructlite.data.steps import Sample
+from instructlite.data.preparing.steps import Sample
 from instructlite.errors import InstructLiteError
 
 

@@ -16,10 +16,10 @@ import pytest
 from test_compare import make_adapter
 
 from instructlite.config import BaseOptions
-from instructlite.data.completer import Completions, Endpoint, Request
-from instructlite.data.pairwise import Pair
+from instructlite.data.generating.completer import Completions, Endpoint, Request
+from instructlite.data.generating.pairwise import Pair
+from instructlite.data.generating.synthetic import generate
 from instructlite.data.records import read_records, write_records
-from instructlite.data.synthetic import generate
 from instructlite.errors import InstructLiteError
 from instructlite.evaluation.judges import Answered, LanguageModelJudge, preference
 from instructlite.models.base import load_base

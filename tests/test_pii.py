@@ -5,8 +5,8 @@ import random
 import pytest
 
 from instructlite.data import formats
-from instructlite.data.pii import Span, mask, patterns, personal_data
-from instructlite.data.steps import Sample, StepCount
+from instructlite.data.preparing.pii import Span, mask, patterns, personal_data
+from instructlite.data.preparing.steps import Sample, StepCount
 from instructlite.errors import InstructLiteError
 
 pytest.importorskip("phonenumbers")

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from instructlite.cli import PREPARE_OPTIONS, app, main
 from instructlite.data.containers import STARTER
-from instructlite.data.duplicates import folded
-from instructlite.data.prepare import PrepareOptions, prepare
+from instructlite.data.preparing.duplicates import folded
+from instructlite.data.preparing.prepare import PrepareOptions, prepare
 from instructlite.data.records import opening, read_records, write_records
 from instructlite.errors import InstructLiteError
 
@@ -319,7 +319,7 @@ def test_the_command_takes_every_option_and_says_where_to_look(tmp_path):
 
 def test_preparing_loads_no_torch(tmp_path):
     code = (
-        "import sys\nfrom instructlite.data.prepare import prepare\n"
+        "import sys\nfrom instructlite.data.preparing.prepare import prepare\n"
         f"prepare([{str(STARTER / 'rankings.jsonl')!r}], {str(tmp_path / 'out')!r})\n"
         "assert not {'torch', 'transformers', 'trl', 'datasets', 'sklearn'} & set(sys.modules), 'loaded torch'"
     )

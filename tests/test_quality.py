@@ -2,9 +2,9 @@
 
 import pytest
 
-from instructlite.data.filters import language, length, normalise, toxicity
-from instructlite.data.quality import quality
-from instructlite.data.steps import Sample, StepCount
+from instructlite.data.preparing.filters import language, length, normalise, toxicity
+from instructlite.data.preparing.quality import quality
+from instructlite.data.preparing.steps import Sample, StepCount
 from instructlite.errors import InstructLiteError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from instructlite.data.agreement import agreement, alpha
-from instructlite.data.splits import PARTS, assign_parts
+from instructlite.data.preparing.splits import PARTS, assign_parts
 
 SHARES = {"heldout": 0.1, "judge": 0.2, "ppo": 0.3}
 

@@ -7,12 +7,12 @@ import sys
 import pytest
 from endpoints import FakeCompleter
 
-from instructlite.data.completer import Answer, Budget
-from instructlite.data.pairwise import Pair, Verdicts, sign_test, verdict_in
+from instructlite.data.generating.completer import Answer, Budget
+from instructlite.data.generating.pairwise import Pair, Verdicts, sign_test, verdict_in
+from instructlite.data.generating.self_instruct import Pool
+from instructlite.data.generating.synthetic import generate
+from instructlite.data.generating.templates import FOLDER, read_prompts
 from instructlite.data.records import read_records, write_records
-from instructlite.data.self_instruct import Pool
-from instructlite.data.synthetic import generate
-from instructlite.data.templates import FOLDER, read_prompts
 from instructlite.errors import InstructLiteError
 
 SEEDS = [{"prompt": f"Explain {word} to a child of ten years.", "completion": "Well."} for word in ("rain", "money", "sleep", "war")]

@@ -6,7 +6,7 @@ import re
 import pytest
 from endpoints import FakeCompleter
 
-from instructlite.data.completer import Answer, Completions
+from instructlite.data.generating.completer import Answer, Completions
 from instructlite.errors import InstructLiteError
 from instructlite.evaluation.judges import LanguageModelJudge
 from instructlite.evaluation.tournament import tournament

@@ -20,7 +20,7 @@ from .containers import files_in
 from .formats import Row, rows
 from .layouts import CONTROL_TOKEN
 from .lengths import LengthLimit
-from .pii import patterns
+from .preparing.pii import patterns
 from .repeats import Repeats, Table, prompt_key
 from .schema import KINDS, Fault
 

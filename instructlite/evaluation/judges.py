@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..data import pairwise
-from ..data.completer import Completions, Messages, Request
-from ..data.pairwise import Pair, Verdicts, verdict_in
-from ..data.templates import Prompts, read_prompts, transcript
+from ..data.generating import pairwise
+from ..data.generating.completer import Completions, Messages, Request
+from ..data.generating.pairwise import Pair, Verdicts, verdict_in
+from ..data.generating.templates import Prompts, read_prompts, transcript
 from ..errors import InstructLiteError
 from ..models.manifest import Adapter
 from . import statistics

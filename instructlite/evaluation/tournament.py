@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.completer import Messages
-from ..data.pairwise import Pair, Verdicts
+from ..data.generating.completer import Messages
+from ..data.generating.pairwise import Pair, Verdicts
 from ..errors import InstructLiteError
 from . import statistics
 from .judges import LanguageModelJudge, preference

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..config import BaseOptions, Lora
-from ..data.completer import Answer, Messages, Request, usable
+from ..data.generating.completer import Answer, Messages, Request, usable
 from ..errors import InstructLiteError
 from .base import base_of, lora_config
 from .manifest import Adapter, is_adapter

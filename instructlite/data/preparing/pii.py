@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from ..errors import require
+from ...errors import require
 from .steps import Sample, StepCount, map_texts
 
 

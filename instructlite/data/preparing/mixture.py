@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InstructLiteError
+from ...errors import InstructLiteError
 from .steps import Sample
 
 INSTRUCTGPT = {

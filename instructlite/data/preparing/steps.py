@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import InstructLiteError
+from ...errors import InstructLiteError
 
 BATCH = 512
 EXAMPLES = 3

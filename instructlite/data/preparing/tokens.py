@@ -39,7 +39,7 @@ class TokenStatistics:
     """Counts what the template makes of each row."""
 
     def __init__(self, model: str, max_length: int) -> None:
-        from ..models.base import encode_prompt, load_tokenizer
+        from ...models.base import encode_prompt, load_tokenizer
 
         self.tokenizer, self.encode_prompt, self.max_length = load_tokenizer(model), encode_prompt, max_length
         self.lengths: dict[str, TokenLengths] = {}

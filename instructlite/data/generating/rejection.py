@@ -5,7 +5,7 @@ As in WebGPT's best-of-n and Llama 2's rejection sampling; the reward is any fun
 
 from collections.abc import Callable
 
-from ..errors import InstructLiteError
+from ...errors import InstructLiteError
 from .completer import Answer, Messages
 from .synthetic import Asking, Generated, different_prompts, fault_of
 

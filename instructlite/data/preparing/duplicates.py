@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import require
-from .repeats import Table
-from .schema import annotator_of
+from ...errors import require
+from ..repeats import Table
+from ..schema import annotator_of
 from .steps import Sample, StepCount
 
 SLOTS = 64  # of a signature, 16 bits each; the estimate's standard error is at most 1 / (2 √64) = 0.06

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import InstructLiteError
+from ...errors import InstructLiteError
 from .completer import Messages
 
 FOLDER = Path(__file__).parent / "prompts"

@@ -22,8 +22,8 @@ from types import ModuleType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from ..errors import InstructLiteError, require
-from ..progress import progress
+from ...errors import InstructLiteError, require
+from ...progress import progress
 
 Messages = list[dict[str, str]]
 

@@ -7,7 +7,7 @@ reward model would learn it as the mark of one side.
 import re
 from collections.abc import Callable, Mapping
 
-from ..errors import InstructLiteError
+from ...errors import InstructLiteError
 from .steps import Sample, StepCount, excerpt
 
 ACTIONS = ("drop", "count", "off")

@@ -6,7 +6,7 @@ An instruction whose evolution failed stays as it was and may evolve otherwise i
 import random
 import re
 
-from ..errors import InstructLiteError
+from ...errors import InstructLiteError
 from .completer import Answer
 from .synthetic import Asking, Generated, fault_of, instruction_of
 

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InstructLiteError
+from ...errors import InstructLiteError
+from ..records import Source, read_records, write_records
+from ..schema import Kind
 from .completer import Answer, Budget, Completer, Completions, Messages, Request, Usage
-from .records import Source, read_records, write_records
-from .schema import Kind
 from .templates import Prompts, read_prompts
 
 CACHE = "answers.sqlite"

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InstructLiteError
-from . import formats
-from .agreement import agreement, alpha
+from ...errors import InstructLiteError
+from .. import formats
+from ..agreement import agreement, alpha
+from ..schema import KINDS, Fault
 from .data_report import DataReport, Lengths
 from .duplicates import Fingerprints, contradictions, exact_duplicates, near_duplicates, prompt_clusters
 from .filters import Scorer, language, length, normalise, toxicity
@@ -30,7 +31,6 @@ from .leaks import EvaluationSet, evaluation_texts, leaks
 from .mixture import Categories, choose, read_mix, towards
 from .pii import Backend, mask, patterns, personal_data
 from .quality import quality
-from .schema import KINDS, Fault
 from .splits import PARTS, assign_parts, mixed
 from .steps import Judge, Sample, Tally, batches, each, excerpt, named_function
 from .tokens import TokenStatistics

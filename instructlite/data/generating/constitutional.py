@@ -6,7 +6,7 @@ The revised answer is chosen, the first one rejected. Principles and prompts sta
 import random
 import re
 
-from ..errors import InstructLiteError
+from ...errors import InstructLiteError
 from .completer import Answer, Messages
 from .synthetic import Asking, Generated, different_prompts, fault_of
 from .templates import transcript

@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from ..errors import InstructLiteError, require
+from ...errors import InstructLiteError, require
 from .steps import Judge, Sample, StepCount, map_texts, named_function
 
 _LINE_ENDS = str.maketrans({"\u2028": "\n", "\u2029": "\n", "\ufeff": None})

@@ -7,7 +7,7 @@ import random
 import re
 from collections import Counter
 
-from ..errors import InstructLiteError, require
+from ...errors import InstructLiteError, require
 from .completer import Messages
 from .synthetic import Asking, Generated, fault_of, instruction_of
 
