@@ -40,6 +40,7 @@ OURS = ("all_layers", "shared_lower_layers", "all_layers_64", "shared_lower_laye
 LARGE = 4  # updates from one rollout, in the sides whose name ends with _64
 MEASURES = ("weights_mb", "peak_rss_mb", "episodes_per_s", "seconds_per_update")
 BATCH, LORA_R, TOP_LAYERS, DTYPE = 16, 16, 10, "bfloat16"
+CHUNK = 128  # tokens whose logits are in memory at once, on our side; TRL has those of all
 # Options of both trainers, by the same names.
 COMMON = dict(
     num_ppo_epochs=1, num_mini_batches=1, response_length=64, temperature=1.0, learning_rate=1e-5, gradient_checkpointing=False,
@@ -92,7 +93,8 @@ def build_ours(model: str, updates: int, options: dict[str, Any], callback: Any,
 
     base = load_base(model, dtype=DTYPE, chat_template="chatml")
     rows = prompts(base.tokenizer, BATCH * updates)
-    trainer = trainer_of(base, rows, options | {"share_lower_layers": top_layers is not None}, callback, top_layers=top_layers)
+    options |= {"share_lower_layers": top_layers is not None, "logp_chunk_size": CHUNK}
+    trainer = trainer_of(base, rows, options, callback, top_layers=top_layers)
     return trainer, [trainer.model], rows
 
 
@@ -233,7 +235,7 @@ def main() -> None:
     print_table(results)
     if args.json:
         lora = {"lora_r": LORA_R, "top_layers": {"all_layers": None, "shared_lower_layers": TOP_LAYERS}}
-        settings = COMMON | lora | {"model": args.model, "dtype": DTYPE, "batch": BATCH, "micro_batch": sides}
+        settings = COMMON | lora | {"model": args.model, "dtype": DTYPE, "batch": BATCH, "micro_batch": sides, "logp_chunk_size": CHUNK}
         settings |= {"updates": args.updates, "untimed_updates": 1, "rounds": args.rounds}
         versions = rounds[-1]["versions"] | {"trl_baseline": TRL_VERSION}
         recording.write(args.json, results | {"versions": versions, "settings": settings, "rounds": rounds})
