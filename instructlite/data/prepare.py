@@ -172,6 +172,7 @@ class Preparation:
     def _first_pass(self, sources: list, tally: Tally) -> None:
         with (self.work / "rows.spool").open("wb") as spool:
             for batch in batches(self._read(sources, tally)):
+                self.progress("read", tally.step("read").rows_in)
                 for name, judge in self.steps:
                     batch = tally.run(name, judge, batch)
                 self.prints.add(batch, KINDS)
@@ -193,7 +194,6 @@ class Preparation:
                 continue
             count.kept += item.rows
             self.report.inputs.setdefault(item.file, Counter())[item.kind] += 1
-            self.progress("read", count.rows_in)
             yield Sample(item.record, item.kind, item.file, item.line)
 
     def _remember(self, sample: Sample, offset: int) -> None:
