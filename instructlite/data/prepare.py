@@ -87,6 +87,8 @@ class PrepareOptions:
     """A column, such as a labeller's country: rows and agreement are reported by it too."""
     tokenizer: str | None = None
     """A model, whose tokenizer and template count tokens; None: only characters are counted."""
+    chat_template: str | None = None
+    """chatml, plain or a file, for a tokenizer that has no template; used with `tokenizer`."""
     max_length: int = 1024
     """Tokens of prompt and answer that training will keep, for the report; used with `tokenizer`."""
     seed: int = 0
@@ -153,7 +155,7 @@ class Preparation:
         self.groups: dict[str, int] = {}
         self.report = DataReport()
         self.mix = read_mix(options.mix)
-        self.tokens = TokenStatistics(options.tokenizer, options.max_length) if options.tokenizer else None
+        self.tokens = TokenStatistics(options.tokenizer, options.max_length, options.chat_template) if options.tokenizer else None
 
     def run(self, sources: list) -> DataReport:
         started = time.perf_counter()
