@@ -48,11 +48,15 @@ def fit(features: list[list[str]], labels: list[str], strength: float) -> dict:
     """The weights of the features that L1 keeps: {labels, intercepts, weights: {feature: one number a label}}."""
     counts = Counter(feature for row in features for feature in row)
     vocabulary = {feature: number for number, feature in enumerate(sorted(f for f, n in counts.items() if n >= 5))}
-    model = LogisticRegression(C=strength, l1_ratio=1, solver="saga", class_weight="balanced", max_iter=1000, tol=2e-3, random_state=0)
-    model.fit(matrix(features, vocabulary), labels)
-    kept = {name: model.coef_[:, number] for name, number in vocabulary.items() if np.abs(model.coef_[:, number]).max() > 0.01}
+    one = LogisticRegression(C=strength, l1_ratio=1, solver="liblinear", class_weight="balanced", random_state=0)
+    names = sorted(set(labels))
+    fitted = [
+        one.fit(matrix(features, vocabulary), [label == name for label in labels]) and (one.coef_[0], one.intercept_[0]) for name in names
+    ]
+    coefficients = np.array([weights for weights, _ in fitted])
+    kept = {name: coefficients[:, number] for name, number in vocabulary.items() if np.abs(coefficients[:, number]).max() > 0.01}
     weights = {name: np.round(row, 3).tolist() for name, row in kept.items()}
-    return {"labels": model.classes_.tolist(), "intercepts": np.round(model.intercept_, 3).tolist(), "weights": weights}
+    return {"labels": names, "intercepts": np.round([intercept for _, intercept in fitted], 3).tolist(), "weights": weights}
 
 
 def measure(model: dict, features: list[list[str]], labels: list[str]) -> dict:

@@ -36,7 +36,7 @@ app.add_typer(data_app, name="data")
 # Options of `data prepare` that have the names of PrepareOptions' fields.
 PREPARE_OPTIONS = (
     *("kind", "near_duplicates", "pii", "pii_backend", "toxicity", "max_toxicity", "contradictions", "mix", "mix_distance"),
-    *("heldout", "judge", "ppo", "group_by", "tokenizer", "max_length", "seed"),
+    *("heldout", "judge", "ppo", "group_by", "tokenizer", "chat_template", "max_length", "seed"),
 )
 LISTED_PEOPLE = 30
 RESUME = "Let a stage that was interrupted go on from its last checkpoint."
@@ -265,6 +265,7 @@ def data_prepare(
     ppo: Annotated[float, typer.Option(help="Share of the preferences whose prompts go to PPO.")] = 0.2,
     group_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Report rows and agreement by this column too.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help="Count tokens with this model's tokenizer.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="chatml, plain or a file, for a tokenizer that has none.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens that training will keep, for the report; with --tokenizer.")] = 1024,
     seed: Annotated[int, typer.Option(help="Decides which prompts are held out.")] = 0,
 ) -> None:

@@ -260,9 +260,9 @@ def test_tokens_are_counted_with_the_models_template(tmp_path, tiny_path):
     from instructlite.models.base import encode_prompt, load_tokenizer
 
     rows = [{"prompt": "a" * 10, "completion": "b" * 5}, {"prompt": "a" * 60, "completion": "b" * 5}]
-    report = prepare(rows, tmp_path / "out", tokenizer=str(tiny_path), max_length=40, heldout=0)
+    report = prepare(rows, tmp_path / "out", tokenizer=str(tiny_path), chat_template="chatml", max_length=40, heldout=0)
     tokens = report.tokens["demonstrations"].to_dict()
-    prompt = len(encode_prompt(load_tokenizer(str(tiny_path)), "a" * 10))
+    prompt = len(encode_prompt(load_tokenizer(str(tiny_path), "chatml"), "a" * 10))
     assert min(report.tokens["demonstrations"].total) == prompt + 5 + 1
     assert (tokens["cut"], tokens["no_room_for_an_answer"]) == (1, 1)
     assert any("longer than 40 tokens" in note for note in report.notes)

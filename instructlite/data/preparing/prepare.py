@@ -87,6 +87,8 @@ class PrepareOptions:
     """A column, such as a labeller's country: rows and agreement are reported by it too."""
     tokenizer: str | None = None
     """A model, whose tokenizer and template count tokens; None: only characters are counted."""
+    chat_template: str | None = None
+    """chatml, plain or a file, for a tokenizer that has no template; used with `tokenizer`."""
     max_length: int = 1024
     """Tokens of prompt and answer that training will keep, for the report; used with `tokenizer`."""
     seed: int = 0
@@ -153,7 +155,7 @@ class Preparation:
         self.groups: dict[str, int] = {}
         self.report = DataReport()
         self.mix = read_mix(options.mix)
-        self.tokens = TokenStatistics(options.tokenizer, options.max_length) if options.tokenizer else None
+        self.tokens = TokenStatistics(options.tokenizer, options.max_length, options.chat_template) if options.tokenizer else None
 
     def run(self, sources: list) -> DataReport:
         started = time.perf_counter()
@@ -172,6 +174,7 @@ class Preparation:
     def _first_pass(self, sources: list, tally: Tally) -> None:
         with (self.work / "rows.spool").open("wb") as spool:
             for batch in batches(self._read(sources, tally)):
+                self.progress("read", tally.step("read").rows_in)
                 for name, judge in self.steps:
                     batch = tally.run(name, judge, batch)
                 self.prints.add(batch, KINDS)
@@ -193,7 +196,6 @@ class Preparation:
                 continue
             count.kept += item.rows
             self.report.inputs.setdefault(item.file, Counter())[item.kind] += 1
-            self.progress("read", count.rows_in)
             yield Sample(item.record, item.kind, item.file, item.line)
 
     def _remember(self, sample: Sample, offset: int) -> None:

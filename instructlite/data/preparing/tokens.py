@@ -38,10 +38,10 @@ class TokenLengths:
 class TokenStatistics:
     """Counts what the template makes of each row."""
 
-    def __init__(self, model: str, max_length: int) -> None:
+    def __init__(self, model: str, max_length: int, chat_template: str | None = None) -> None:
         from ...models.base import encode_prompt, load_tokenizer
 
-        self.tokenizer, self.encode_prompt, self.max_length = load_tokenizer(model), encode_prompt, max_length
+        self.tokenizer, self.encode_prompt, self.max_length = load_tokenizer(model, chat_template), encode_prompt, max_length
         self.lengths: dict[str, TokenLengths] = {}
 
     def add(self, sample: Sample) -> None:
