@@ -261,14 +261,17 @@ def test_the_weight_of_length_is_that_of_a_logistic_regression():
     assert length_weight(of_lengths((6, 6), (3, 3))) == 0
 
 
-@pytest.mark.parametrize("controlled", [True, False])
-def test_what_length_explains_is_learnt_only_where_it_is_not_controlled(controlled, tiny_path, tmp_path):
-    """Nothing but length tells these answers apart."""
-    rows = [{"prompt": f"Count {i}.", "chosen": "a" * (4 + i % 5), "rejected": "a" * (1 + i % 3)} for i in range(48)]
-    options = dict(data=rows, eval_data=rows[:12], length_controlled=controlled, training={"num_train_epochs": 4})
-    metrics = tiny_reward(tiny_path, **options).run(tmp_path / "r").metrics
-    assert ("length_weight" in metrics) == controlled
-    assert (metrics["eval_length_correlation"] > 0.8 and metrics["score_std"] > 0.5) != controlled
+def test_what_length_explains_is_not_learnt_where_it_is_controlled(tiny_path, tmp_path):
+    """Nothing but length tells these answers apart, and the longer one wins three times in four."""
+    long, short = "a" * 9, "a" * 3
+    rows = [{"prompt": f"Count {i}.", "chosen": long if i % 4 else short, "rejected": short if i % 4 else long} for i in range(48)]
+    spread = {}
+    for controlled in (True, False):
+        options = dict(data=rows, eval_data=rows[:12], length_controlled=controlled, training={"num_train_epochs": 4})
+        metrics = tiny_reward(tiny_path, **options).run(tmp_path / str(controlled)).metrics
+        assert ("length_weight" in metrics) == controlled
+        spread[controlled] = metrics["score_std"]
+    assert spread[True] < spread[False] / 3
 
 
 def test_a_quantized_base_trains_a_reward_model_too(tiny_path, tmp_path, trainers):

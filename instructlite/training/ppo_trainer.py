@@ -329,7 +329,8 @@ class PPOTrainer(Checkpointing, Trainer):
         if self.accelerator.num_processes == 1:
             # Policy and value share no trained parameter: one after the other, their activations are never in memory together.
             value, value_clipped = value_losses(self.unwrapped.value_pass(batch), *targets)
-            self.accelerator.backward(self._of_step(args.vf_coef * value))
+            if value.requires_grad:  # else `_clip_grad_norm` says what is frozen
+                self.accelerator.backward(self._of_step(args.vf_coef * value))
             value = value.detach()
             logps, entropy = self.unwrapped.policy_pass(batch)
         else:
