@@ -105,10 +105,7 @@ class Ballot:
         """{rank, likert, flags, edited} for each place, ranks as 0, 1, 2 …; raises InstructLiteError if it does not fit what was asked."""
         columns = {name: self._column(name, answers) for name in ("ranks", "likert", "flags", "edits")}
         _check_likert(columns["likert"])
-        ranks = columns["ranks"] if self.ranks is not None else _from_likert(columns["likert"])
-        order = sorted({rank for rank in ranks if isinstance(rank, int) and not isinstance(rank, bool)})
-        if not order or any(rank is not None and (isinstance(rank, bool) or rank not in order) for rank in ranks):
-            raise InstructLiteError(f"the vote's ranks are {list(ranks)}, expected a whole number for each answer, the lowest the best")
+        ranks = _tidy(columns["ranks"] if self.ranks is not None else _from_likert(columns["likert"]))
         if self.all_bad and len(set(ranks)) > 1:
             raise InstructLiteError("the vote says that all answers are bad, and that some are better (give all the same rank)")
         if self.comment is not None:
@@ -116,11 +113,9 @@ class Ballot:
         for edit in columns["edits"]:
             if edit is not None:
                 _check_text(edit, "the edited answer", MAX_EDIT)
-        if ranks.count(None) == 1:  # one alone behind the others is the last
-            ranks, order = tuple(len(order) if rank is None else order.index(rank) for rank in ranks), list(range(answers))
         flags = [None if given is None else _known_flags(given) for given in columns["flags"]]
         return [
-            {"rank": None if rank is None else order.index(rank), "likert": likert, "flags": flag, "edited": edit}
+            {"rank": rank, "likert": likert, "flags": flag, "edited": edit}
             for rank, likert, flag, edit in zip(ranks, columns["likert"], flags, columns["edits"], strict=True)
         ]
 
@@ -182,6 +177,16 @@ def outcome(a: Judged, b: Judged) -> float | None:
     return 0.5 + 0.5 * ((first < second) - (first > second))
 
 
+def _tidy(ranks: Sequence[int | None]) -> list[int | None]:
+    """Ranks as 0, 1, 2 …; a single answer without one is the last."""
+    known = [rank for rank in ranks if rank is not None]
+    if not known or any(isinstance(rank, bool) or not isinstance(rank, int) for rank in known):
+        raise InstructLiteError(f"the vote's ranks are {str(list(ranks))[:80]}, expected whole numbers, the lowest the best")
+    order = sorted(set(known))
+    last = len(order) if len(known) == len(ranks) - 1 else None
+    return [last if rank is None else order.index(rank) for rank in ranks]
+
+
 def _check_likert(scores: Sequence[int | None]) -> None:
     low, high = LIKERT
     for score in scores:
@@ -196,7 +201,9 @@ def _from_likert(scores: Sequence[int | None]) -> tuple[int, ...]:
 
 
 def _known_flags(given: Sequence[str]) -> list[str]:
-    unknown = [flag for flag in given if flag not in FLAGS] if not isinstance(given, str) else [given]
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise InstructLiteError("the flags of an answer are no list")
+    unknown = [flag for flag in given if not isinstance(flag, str) or flag not in FLAGS]
     if unknown:
         raise InstructLiteError(f"unknown flag {str(unknown[0])[:40]!r} (known: {', '.join(FLAGS)})")
     return [flag for flag in FLAGS if flag in given]

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from ..data.records import read_records
 from ..errors import BadRecords, InstructLiteError
 from .ballots import AlreadyVoted, Answer, Ballot, Candidate, Judged, Vote, outcome
-from .store import Store
+from .store import MAX_NAME, Store
 
 To = Literal["comparisons", "rankings", "demonstrations", "likert"]
 Counting = Literal["consensus", "all"]
@@ -266,7 +266,7 @@ def import_votes(store: Store, path: str | Path) -> Imported:
             category = row.get("category")
             item = store.add_item(row["prompt"], answers, use_case=category if isinstance(category, str) else None)
             annotator, group = row.get("annotator"), row.get("group")
-            voter = store.voter(name=str(annotator) if annotator else Path(path).name, group=group if isinstance(group, str) else None)
+            voter = store.voter(name=str(annotator or Path(path).name)[:MAX_NAME], group=group if isinstance(group, str) else None)
             try:
                 new = store.record(item, voter.key, Ballot(ranks), _moment(row.get("created")))
             except AlreadyVoted:

@@ -28,7 +28,7 @@ from .queue import Waiting
 
 IMBALANCE = 3
 PENDING_MINUTES = 10
-_MAX_NAME = 80
+MAX_NAME = 80
 
 
 @dataclass(frozen=True)
@@ -425,8 +425,8 @@ def _whole(text: str) -> str:
 
 def _short(text: str | None, what: str) -> str | None:
     text = " ".join(_whole(text or "").split())
-    if len(text) > _MAX_NAME:
-        raise InstructLiteError(f"the {what} has {len(text):,} characters, at most {_MAX_NAME} are taken")
+    if len(text) > MAX_NAME:
+        raise InstructLiteError(f"the {what} has {len(text):,} characters, at most {MAX_NAME} are taken")
     return text or None
 
 
