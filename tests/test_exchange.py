@@ -160,6 +160,8 @@ def test_control_characters_do_not_spoil_the_file(votes, tmp_path):
         ("suppose, softly, doppots", False),
         ("It was made by hand. OpenAI is a company.", False),
         ("A secret is a secret.", False),
+        ("I am yielding, and a metaphysician.", False),
+        ("i'm chatgpt.", True),
     ],
 )
 def test_votes_on_answers_that_name_a_candidate_or_a_model_are_left_out_and_counted(votes, text, betrays):

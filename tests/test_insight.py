@@ -92,14 +92,15 @@ def test_agreement_is_that_of_several_voters_on_one_pair(votes):
 
 def test_full_agreement_is_1_and_coins_are_near_0(votes):
     rng = random.Random(1)
-    for number in range(30):
-        cast(votes, number, rng.choice("ps") * 3)
+    with votes.writing():
+        for number in range(20):
+            cast(votes, number, rng.choice("ps") * 3)
     assert insight(votes.votes()).agreement["alpha"] == pytest.approx(1)
-    for number in range(30, 230):
-        cast(votes, number, "".join(rng.choice("ps") for _ in range(3)))
-    found = insight([vote for vote in votes.votes() if vote.item > 30]).agreement
-    assert abs(found["alpha"]) < 0.12
-    assert found["low"] < found["alpha"] < found["high"]
+    with votes.writing():
+        for number in range(20, 100):
+            cast(votes, number, "".join(rng.choice("ps") for _ in range(3)))
+    found = insight([vote for vote in votes.votes() if vote.item > 20]).agreement
+    assert found["low"] < 0 < found["high"] < 0.3
 
 
 def test_a_reward_model_is_measured_by_where_people_saw_a_difference(votes):
@@ -118,9 +119,9 @@ def test_a_reward_model_is_measured_by_where_people_saw_a_difference(votes):
 
 def test_who_always_takes_the_first_answer_is_seen(votes):
     lazy, fair = votes.voter().key, votes.voter().key
-    for number in range(20):
-        item = votes.add_item([{"role": "user", "content": f"Question {number}?"}], [Answer(SFT, "one"), Answer(PPO, "two")])
-        with votes.writing():
+    with votes.writing():
+        for number in range(20):
+            item = votes.add_item([{"role": "user", "content": f"Question {number}?"}], [Answer(SFT, "one"), Answer(PPO, "two")])
             votes.vote(votes.show(item.id, lazy).ticket, lazy, Ballot.better(0))
             showing = votes.show(item.id, fair)
             votes.vote(showing.ticket, fair, Ballot.better(showing.answers.index("two")))

@@ -64,12 +64,10 @@ def test_a_share_of_the_items_is_voted_on_by_several():
 
 
 def test_gold_items_come_at_the_share_asked_for_and_only_as_such():
-    plain = [Waiting(item, 0) for item in range(1000)]
-    rows = plain + [Waiting(item, 50, gold=True) for item in range(1000, 2000)]
-    found = served(rows, gold_share=0.1)[:500]
-    share = sum(item >= 1000 for item in found) / 500
-    assert 0.06 < share < 0.15
-    assert not any(item >= 1000 for item in served(rows[:1100], gold_share=0.0))
+    rows = [Waiting(item, 0, gold=item >= 200) for item in range(300)]
+    found = served(rows, gold_share=0.2)[:200]
+    assert 0.14 < sum(item >= 200 for item in found) / 200 < 0.27
+    assert all(item < 200 for item in served(rows, gold_share=0.0))
     assert choose([Waiting(1, 0, gold=True)], "ann", gold_share=0.0) is None
 
 

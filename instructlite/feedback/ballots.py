@@ -132,6 +132,7 @@ class Ballot:
 class Judged:
     """One answer as one voter judged it, with what the voter did not know."""
 
+    id: int
     candidate: Candidate
     text: str
     decoding: Mapping[str, Any]

@@ -25,14 +25,14 @@ UNITS = {"comparisons": "judged pairs", "rankings": "rankings", "demonstrations"
 NOT_BLIND = "an answer names a candidate or a model, so that the vote was not blind"
 GOLD = "an item that measures voters"
 
-# Said of oneself, these betray who answers; elsewhere they may be what the prompt is about.
-_KNOWN = (
-    "ChatGPT|GPT|OpenAI|Claude|Anthropic|Gemini|Bard|PaLM|LaMDA|Gemma|Google|DeepMind|Llama|LLaMA|Alpaca|Vicuna|Koala|Meta|Facebook|"
-    "Mistral|Mixtral|Qwen|Tongyi|Alibaba|DeepSeek|Phi|Microsoft|Copilot|Bing|Falcon|OLMo|SmolLM|Hugging ?Face|Cohere|Grok|xAI|ChatGLM|"
-    "GLM|Zhipu|Yi|Kimi|Moonshot|Baichuan|InternLM|StableLM|Dolly|Databricks|OpenAssistant|Open Assistant|LAION|Pythia|EleutherAI"
+# Said of oneself, these betray who answers; elsewhere they may be what the prompt is about. Those that are words too count as written.
+_NAMES = (
+    "ChatGPT|GPT|OpenAI|Anthropic|DeepMind|PaLM|LaMDA|Gemma|Vicuna|Mistral|Mixtral|Qwen|Alibaba|DeepSeek|Microsoft|OLMo|SmolLM|"
+    "Hugging ?Face|ChatGLM|Zhipu|Moonshot|Baichuan|InternLM|StableLM|Databricks|Open ?Assistant|LAION|EleutherAI"
 )
-_OF_ITSELF = r"\b(?:I am|I'm|my name is|call me|(?:trained|developed|created|made|built|designed) by|(?:model|assistant) (?:by|from))\b"
-_SELF_NAMING = re.compile(rf"{_OF_ITSELF}[^.!?\n]{{0,60}}\b(?:{_KNOWN})", re.IGNORECASE)
+_WORDS = "Claude|Gemini|Bard|Google|Llama|LLaMA|Alpaca|Koala|Meta|Phi|Copilot|Bing|Falcon|Cohere|Grok|Yi|Kimi|Dolly|Pythia"
+_OF_ITSELF = r"\b(?i:I am|I'm|my name is|call me|(?:trained|developed|created|made|built|designed) by|(?:model|assistant) (?:by|from))\b"
+_SELF_NAMING = re.compile(rf"{_OF_ITSELF}[^.!?\n]{{0,60}}\b(?:(?i:{_NAMES})|{_WORDS})(?![A-Za-z])")
 
 
 @dataclass
@@ -98,10 +98,10 @@ def betrays(votes: Iterable[Vote]) -> Callable[[Vote], bool]:
 
 
 def _base_names(base: str) -> set[str]:
-    """ "SmolLM2-135M-Instruct" and "SmolLM2" of a path or Hub id. A first part such as "tiny" is a word like others, and is none."""
+    """Of a path or Hub id "SmolLM2-135M-Instruct" and "SmolLM2"; but no words like others, such as the "tiny" of tiny-llama."""
     whole = Path(base).name
     first = re.split(r"[-_. ]", whole)[0]
-    return {whole, *([first] if re.search(r"\d|.[A-Z]", first) and len(first) > 3 else [])}
+    return {name for name in (whole, first) if len(name) > 3 and re.search(r"\d|.[A-Z]|.[-_].", name)}
 
 
 def export(votes: Sequence[Vote], to: To, *, counting: Counting = "consensus", identified: bool = False) -> Exported:

@@ -154,12 +154,12 @@ def _first_shown(pairs: Iterable[Pair], seed: int) -> Row | None:
 def _agreement(votes: Sequence[Vote], pairs: Iterable[Pair], seed: int) -> Row:
     said: dict[Any, dict[str, float]] = defaultdict(dict)
     for vote, a, b in pairs:
-        said[vote.item, vote.answers.index(a), vote.answers.index(b)][vote.voter] = outcome(a, b)
+        said[vote.item, a.id, b.id][vote.voter] = outcome(a, b)
     scored: dict[Any, dict[str, float]] = defaultdict(dict)
     for vote in votes:
-        for number, answer in enumerate(vote.answers):
+        for answer in vote.answers:
             if answer.likert is not None:
-                scored[vote.item, number][vote.voter] = answer.likert
+                scored[vote.item, answer.id][vote.voter] = answer.likert
     shared = [list(voices.values()) for voices in said.values() if len(voices) > 1]
     same = [a == b for voices in shared for a, b in combinations(voices, 2)]
     row: Row = {"pairs": len(shared), "same": fmean(same) if same else None}
@@ -198,7 +198,7 @@ def _voters(votes: Sequence[Vote], pairs: Iterable[Pair]) -> list[Row]:
     first: dict[str, list[float]] = defaultdict(list)
     for vote, a, b in pairs:
         won = outcome(a, b)
-        said[vote.item, vote.answers.index(a), vote.answers.index(b)][vote.voter] = won
+        said[vote.item, a.id, b.id][vote.voter] = won
         if len(vote.answers) == 2 and a.place is not None and won != 0.5:
             first[vote.voter].append(won if a.place < b.place else 1 - won)
     own: dict[str, list[Vote]] = defaultdict(list)

@@ -279,7 +279,7 @@ class Store(Database):
         ).lastrowid
         db.executemany("INSERT INTO places VALUES (?, ?, ?)", [(showing, place, answer) for place, (answer, _) in enumerate(order)])
         db.executemany(
-            "INSERT INTO shown VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET times = times + 1",
+            "INSERT INTO shown VALUES (?, ?, ?, 1) ON CONFLICT (candidates, candidate_id, place) DO UPDATE SET times = times + 1",
             [(candidates, candidate, place) for place, (_, candidate) in enumerate(order)],
         )
         return showing
@@ -406,8 +406,8 @@ def _vote(rows: list[tuple], scores: Mapping[int, Mapping[str, float]]) -> Vote:
     """One vote from its rows of _VOTES, one for each answer."""
     _, item, messages, use_case, key, name, group, created, shown, all_bad, comment = rows[0][:11]
     answers = [
-        Judged(Candidate(*row[11:14]), row[14], json.loads(row[15]), row[16], scores.get(row[23], {}), row[17], row[18], row[19],
-               None if row[20] is None else tuple(json.loads(row[20])), row[21])
+        Judged(row[23], Candidate(*row[11:14]), row[14], json.loads(row[15]), row[16], scores.get(row[23], {}), row[17], row[18],
+               row[19], None if row[20] is None else tuple(json.loads(row[20])), row[21])
         for row in rows
     ]  # fmt: skip
     gold = tuple(row[22] for row in rows)
