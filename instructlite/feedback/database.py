@@ -127,6 +127,7 @@ class Database:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    path.touch(0o600)  # it holds the voters' keys; SQLite gives its log the same mode
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         found = db.execute("PRAGMA quick_check(1)").fetchone()[0]

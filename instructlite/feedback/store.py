@@ -81,6 +81,9 @@ class Store(Database):
             key = ",".join(map(str, sorted(ids)))
             known = db.execute("SELECT id FROM items WHERE answers = ?", (key,)).fetchone()
             if known:
+                if gold is not None:
+                    rows = zip(gold, known * len(ids), ids, strict=True)
+                    db.executemany("UPDATE item_answers SET gold = ? WHERE item_id = ? AND answer_id = ?", rows)
                 return Item(known[0], tuple(ids))
             candidates = ",".join(map(str, sorted(candidate for _, candidate in found)))
             item = db.execute(
