@@ -120,7 +120,7 @@ KILLED = """
         os.close(into)
         lines, wanted = b"", rng.randrange(1, 40)
         while lines.count(b"\\n") < wanted:
-            lines += os.read(out, 64)
+            lines += os.read(out, 64) or sys.exit("the writer has ended")
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         while more := os.read(out, 4096):
@@ -414,7 +414,10 @@ def test_a_voter_may_have_a_name_and_a_group_and_needs_neither(votes):
     assert votes.voter(name="ann lee") == ann
     assert votes.voter(nobody.key) == nobody != votes.voter()
     assert votes.voter(nobody.key, group="teachers").group == "teachers" == votes.voter(nobody.key).group
-    assert votes.voter("made up").key != "made up"
+    for key in ("made up", "\ud800", {"a": 1}, 7):
+        assert votes.voter(key).key != key
+    with pytest.raises(InstructLiteError, match="not known"):
+        votes.current({"a": 1})
     with pytest.raises(InstructLiteError, match="at most 80"):
         votes.voter(name="x" * 81)
 

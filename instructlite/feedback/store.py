@@ -108,6 +108,7 @@ class Store(Database):
             db.executemany("INSERT OR REPLACE INTO scores (answer_id, judge, score) VALUES (?, ?, ?)", rows)
 
     def unscored(self, judge: str) -> list[Unscored]:
+        """The finished answers that have no score of this reward model yet."""
         with self.reading() as db:
             rows = db.execute(
                 """SELECT answers.id, messages, text FROM answers JOIN prompts ON prompts.id = prompt_id WHERE text IS NOT NULL
@@ -124,6 +125,7 @@ class Store(Database):
         name: of somebody who has logged in; not what anybody typed, since it gives out the key. Nobody has to give a name or a group.
         """
         name, group = _short(name, "name"), _short(group, "group")
+        key = key if _is_token(key) else None
         with self.writing() as db:
             known = 'SELECT key, name, "group" FROM voters WHERE key = ? OR name = ? ORDER BY key = ? DESC'
             found = db.execute(known, (key, name, key)).fetchone()
@@ -149,6 +151,7 @@ class Store(Database):
 
         Not what was never finished: the process that was writing the answers is gone.
         """
+        _check_tokens(voter)
         with self.reading() as db:
             row = db.execute(
                 """SELECT showings.id FROM showings JOIN voters ON voters.id = showings.voter_id WHERE key = ? AND NOT EXISTS
@@ -358,9 +361,13 @@ def pseudonym(key: str) -> str:
     return f"voter-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
+def _is_token(given: object) -> bool:
+    """Keys and tickets come from outside, and may be anything."""
+    return isinstance(given, str) and given.isascii()
+
+
 def _check_tokens(*tokens: object) -> None:
-    """They come from outside, and may be anything."""
-    if not all(isinstance(token, str) and token.isascii() for token in tokens):
+    if not all(map(_is_token, tokens)):
         raise InstructLiteError("this ticket is not known (load the page again)")
 
 
