@@ -10,7 +10,7 @@ from instructlite import cli
 from instructlite.data.records import as_groups, read_records, write_records
 from instructlite.errors import BadRecords, InstructLiteError
 from instructlite.feedback.ballots import FLAGS, Answer, Ballot, Candidate
-from instructlite.feedback.exchange import GOLD, NOT_BLIND, export, import_votes
+from instructlite.feedback.exchange import GOLD, NAMES_ONE, NOT_BLIND, export, import_votes
 from instructlite.feedback.store import Store
 
 BASE = Candidate("base", "org/Secret-7B")
@@ -173,8 +173,10 @@ def test_votes_on_answers_that_name_a_candidate_or_a_model_are_left_out_and_coun
 
 
 def test_an_edit_that_names_a_model_is_no_demonstration(votes):
-    said(votes, ["one", "two"], first(edits=("I am GPT-4.", None)))
-    assert export(votes.votes(), "demonstrations").left_out == {NOT_BLIND: 1}
+    said(votes, ["I am ppo.", "two"], first(edits=("I am GPT-4.", None)), first(edits=("I am here to help.", None)))
+    result = export(votes.votes(), "demonstrations")
+    assert ([row["completion"] for row in result.records], result.left_out) == (["I am here to help."], {NAMES_ONE: 1})
+    assert export(votes.votes(), "comparisons").left_out == {NOT_BLIND: 2}
 
 
 def test_a_name_that_the_prompt_asks_about_betrays_nothing(votes):

@@ -23,6 +23,7 @@ Counting = Literal["consensus", "all"]
 KINDS: dict[str, str] = {"comparisons": "comparisons", "rankings": "rankings", "demonstrations": "demonstrations", "likert": "rankings"}
 UNITS = {"comparisons": "judged pairs", "rankings": "rankings", "demonstrations": "edited answers", "likert": "rated sets"}
 NOT_BLIND = "an answer names a candidate or a model, so that the vote was not blind"
+NAMES_ONE = "the edited answer names a candidate or a model"
 GOLD = "an item that measures voters"
 
 # Said of oneself, these betray who answers; elsewhere they may be what the prompt is about. Those that are words too count as written.
@@ -70,31 +71,30 @@ class Imported:
 
 def screen(votes: Sequence[Vote]) -> tuple[list[Vote], Counter]:
     """The votes that count: blind ones, on items that do not measure voters; and of the others how many for which reason."""
-    betrayed = betrays(votes)
-    why = [GOLD if vote.gold else NOT_BLIND if betrayed(vote) else None for vote in votes]
+    names_one = detector(votes)
+    why = [GOLD if vote.gold else NOT_BLIND if names_one(vote, (answer.text for answer in vote.answers)) else None for vote in votes]
     kept = [vote for vote, reason in zip(votes, why, strict=True) if reason is None]
     return kept, Counter(reason for reason in why if reason)
 
 
-def betrays(votes: Iterable[Vote]) -> Callable[[Vote], bool]:
-    """Whether an answer of a vote names one of these votes' candidates, its base, or a known model as itself. What the prompt
-    names too betrays nothing."""
-    candidates = {answer.candidate for vote in votes for answer in vote.answers}
-    names = {name for candidate in candidates for name in (candidate.name, *_base_names(candidate.base))} - {"base", "imported", ""}
-    ours = (
-        re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?!\w)", re.IGNORECASE) if names else None
-    )
+def detector(votes: Iterable[Vote]) -> Callable[[Vote, Iterable[str]], bool]:
+    """A function that tells whether texts about a vote's prompt name who wrote them.
 
-    def in_vote(vote: Vote) -> bool:
+    That is one of these votes' candidates or bases, unless the prompt names it too, or a known model that they say they are.
+    """
+    candidates = {answer.candidate for vote in votes for answer in vote.answers}
+    own = {name for candidate in candidates for name in (candidate.name, *_base_names(candidate.base))} - {"base", "imported", ""}
+    ours = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(own, key=len, reverse=True)))})(?!\w)", re.IGNORECASE) if own else None
+
+    def names_one(vote: Vote, texts: Iterable[str]) -> bool:
         asked = " ".join(turn["content"] for turn in vote.prompt).casefold()
-        for answer in vote.answers:
-            for text in filter(None, (answer.text, answer.edited)):
-                named = [match.group().casefold() for match in ours.finditer(text)] if ours else []
-                if _SELF_NAMING.search(text) or any(name not in asked for name in named):
-                    return True
+        for text in texts:
+            named = [match.group().casefold() for match in ours.finditer(text)] if ours else []
+            if _SELF_NAMING.search(text) or any(name not in asked for name in named):
+                return True
         return False
 
-    return in_vote
+    return names_one
 
 
 def _base_names(base: str) -> set[str]:
@@ -117,12 +117,15 @@ def export(votes: Sequence[Vote], to: To, *, counting: Counting = "consensus", i
         raise InstructLiteError(f"--votes {counting}: choose {' or '.join(get_args(Counting))}")
     result = Exported(to, votes=len(votes), voters=len({vote.voter for vote in votes}))
     parts = {"comparisons": _pairs, "rankings": _rankings, "demonstrations": _edits, "likert": _rated}[to]
-    betrayed = betrays(votes)
+    names_one = detector(votes)
+    # An edited answer need not be blind; but nobody should learn from it to be somebody else.
+    naming = NAMES_ONE if to == "demonstrations" else NOT_BLIND
     groups: dict[tuple, list[_Unit]] = defaultdict(list)
     for number, vote in enumerate(votes):
         for key, answers in parts(vote):
             result.units += 1
-            reason = GOLD if vote.gold else NOT_BLIND if betrayed(vote) else None
+            texts = [answers[0].edited] if to == "demonstrations" else [answer.text for answer in vote.answers]
+            reason = GOLD if vote.gold else naming if names_one(vote, texts) else None
             if reason:
                 result.left_out[reason] += 1
             else:
