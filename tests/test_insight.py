@@ -110,6 +110,8 @@ def test_a_reward_model_is_measured_by_where_people_saw_a_difference(votes):
     cast(votes, 3, "t", scores=(0.0, 2.0))
     cast(votes, 4, "s", scores=(0.3, 0.0))
     cast(votes, 5, "p")
+    cast(votes, 6, "p")
+    votes.add_scores("rm", {votes.votes()[-1].answers[1].id: 9.0})  # the other answer has no score
     [row] = insight(votes.votes()).reward_models
     assert (row["judge"], row["pairs"], row["prompts"]) == ("rm", 4, 4)
     assert row["rate"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)
