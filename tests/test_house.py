@@ -22,9 +22,10 @@ LAYERS = {
     "models": 2,
     "training": 3,
     "evaluation": 4,
-    "pipeline": 5,
-    "cli": 6,
-    "__main__": 7,
+    "feedback": 5,
+    "pipeline": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 PRINTERS = {"cli.py", "evaluation/report.py"}
@@ -150,13 +151,18 @@ def run_python(code: str) -> tuple[subprocess.CompletedProcess, float]:
 HEAVY = "assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules), 'loaded torch'"
 
 
+def test_votes_are_stored_exported_and_counted_without_torch():
+    process, _ = run_python(f"import sys, instructlite.feedback.exchange, instructlite.feedback.insight; {HEAVY}")
+    assert process.returncode == 0, process.stderr
+
+
 def test_importing_the_package_loads_no_torch():
     process, seconds = run_python(f"import sys, instructlite; {HEAVY}; import instructlite.config, instructlite.data.records; {HEAVY}")
     assert process.returncode == 0, process.stderr
     assert seconds < 1
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["recipes"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["votes", "--help"], ["recipes"], ["--version"]])
 def test_the_command_line_answers_at_once_and_loads_no_torch(arguments):
     code = f"import sys\nfrom instructlite.cli import main\ntry: main({arguments})\nexcept SystemExit as end: assert not end.code\n{HEAVY}"
     process, seconds = run_python(code)
