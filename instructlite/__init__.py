@@ -26,6 +26,7 @@ _HOME = {
     "Adapter": "models.manifest",
     "InstructLiteError": "errors",
     "evaluate": "evaluation.compare",
+    "push_to_hub": "sharing.hub",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .errors import InstructLiteError
     from .evaluation.compare import evaluate
     from .models.manifest import Adapter
+    from .sharing.hub import push_to_hub
     from .training.ppo import PPORecipe
     from .training.ppo_config import PPOConfig
     from .training.ppo_trainer import PPOTrainer

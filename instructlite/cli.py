@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         opening = "the data has faults, nothing was trained:\n" if isinstance(error, BadRecords) else ""
         process = "" if is_main_process() else f" (process {os.environ['RANK']})"
         print(f"instructlite{process}: {opening}{error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def _again(given: list[str]) -> str:
@@ -138,10 +138,11 @@ def data_check(
 @app.command()
 def evaluate(
     candidates: Annotated[
-        list[str], typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or adapters to compare; 'base' is the base alone.")
+        list[str],
+        typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or adapters or Hub repositories to compare; 'base' is the base."),
     ],
     prompts: Annotated[Path | None, typer.Option(help="Held-out prompts (JSONL).", show_default="the run's")] = None,
-    judge: Annotated[Path | None, typer.Option(help="A reward adapter that PPO did not see.", show_default="the run's")] = None,
+    judge: Annotated[str | None, typer.Option(help="A reward adapter that PPO did not see.", show_default="the run's")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
 ) -> None:
@@ -156,7 +157,7 @@ def evaluate(
         return
     if is_run:
         candidates = ["base", str(run_directory / "sft"), str(run_directory / "ppo")]
-        prompts, judge = prompts or run_directory / "data" / "heldout_prompts.jsonl", judge or run_directory / "judge"
+        prompts, judge = prompts or run_directory / "data" / "heldout_prompts.jsonl", judge or str(run_directory / "judge")
     if prompts is None or judge is None or output is None:
         raise InstructLiteError("to compare adapters, give --prompts FILE, --judge ADAPTER and --output DIRECTORY for the report")
     from .training.recipe import quiet_libraries
@@ -167,6 +168,32 @@ def evaluate(
     options = {} if samples is None else {"samples": samples}
     print(compare(candidates, data=prompts, judge=judge, output_dir=output, **options))
     print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
+
+
+@app.command()
+def push(
+    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run directory with all of its adapters, or one adapter.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; it is made if there is none.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; else the repository is private.")] = False,
+    report: Annotated[Path | None, typer.Option(help="The report's directory.", show_default="RUN/report")] = None,
+    base_model: Annotated[str | None, typer.Option(metavar="ID", help="Where others find the base, if it is a directory here.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the adapters, as the Hub writes it, such as apache-2.0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and send nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before more than 1 GB is sent.")] = False,
+) -> None:
+    """Push a run or an adapter to the Hugging Face Hub, with a card. The token is that of HF_TOKEN or `hf auth login`."""
+    from .sharing.hub import push_to_hub
+
+    options = {"private": not public, "report": report, "base_model": base_model, "license": license}
+    planned = push_to_hub(source, repo, **options, dry_run=True)
+    print(planned)
+    if dry_run:
+        print(f"\nNothing was sent. The card:\n\n{planned.card}")
+        return
+    if planned.total > 1e9 and not yes and not typer.confirm("That is more than 1 GB. Go on?"):
+        raise typer.Exit(1)
+    done = push_to_hub(source, repo, **options)
+    print(f"\n{'Pushed' if done.changed else 'Nothing had changed'}: {done.url} (commit {done.commit})")
 
 
 def _run(loop: "Loop", output: Path, only: str | None = None, resume: bool = False) -> None:

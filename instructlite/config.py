@@ -18,6 +18,8 @@ import yaml
 from .errors import InstructLiteError
 
 REQUIRED = "???"
+EMBEDDED = "smollm2-135m"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STAGES = ("data", "sft", "reward", "judge", "ppo", "report")
 
 
