@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         known = name in self.server.repos
         if not known:
             self.server.repos[name] = Repo(asked.get("visibility") == "private")
-        self.answer(409 if known else 200, {"url": f"{self.server.url}/{name}", "error": "You already created this model repo"})
+        self.answer(409 if known else 200, {"url": f"{self.server.url}/{name}", "error": "exists"})
 
     def info(self, body: bytes, name: str, revision: str = "main") -> None:
         if repo := self.repo(name, writes=False):
@@ -140,7 +140,9 @@ class Handler(BaseHTTPRequestHandler):
         if repo := self.repo(name):
             objects = []
             for item in json.loads(body)["objects"]:
-                upload = {} if item["oid"] in repo.stored else {"actions": {"upload": {"href": f"{self.server.url}/lfs/{name}/{item['oid']}"}}}
+                upload = (
+                    {} if item["oid"] in repo.stored else {"actions": {"upload": {"href": f"{self.server.url}/lfs/{name}/{item['oid']}"}}}
+                )
                 objects.append(item | upload)
             self.answer(200, {"transfer": "basic", "objects": objects})
 
@@ -181,7 +183,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def sha1(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+    """As git names a blob."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"

@@ -14,7 +14,18 @@ from instructlite.config import SECTIONS, load_loop, recipes
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "instructlite"
-LAYERS = {"errors": 0, "config": 1, "data": 2, "models": 2, "training": 3, "evaluation": 4, "sharing": 5, "pipeline": 6, "cli": 7, "__main__": 8}
+LAYERS = {
+    "errors": 0,
+    "config": 1,
+    "data": 2,
+    "models": 2,
+    "training": 3,
+    "evaluation": 4,
+    "sharing": 5,
+    "pipeline": 6,
+    "cli": 7,
+    "__main__": 8,
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 PRINTERS = {"cli.py", "evaluation/report.py"}
 
