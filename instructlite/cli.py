@@ -191,7 +191,7 @@ def plan(
     _print_plan(recipe, planned)
     if bases:
         print("\nThe same settings on other bases: the most precise weights that fit a card of so many GB")
-        Console(soft_wrap=True, highlight=False).print(_bases_table(bases_that_fit(loop)))
+        Console(soft_wrap=True, highlight=False, width=120).print(_bases_table(bases_that_fit(loop)))
     if not planned.fits:
         raise typer.Exit(1)
 
@@ -211,7 +211,7 @@ def _print_plan(recipe: str, planned: "Plan") -> None:
         phase = stage.largest_phase
         verdict = "fits" if stage.fits else "does not fit"
         table.add_row(stage.stage, *fixed, f"{stage.phases[phase] / gigabyte:.2f} to {phase}", f"{stage.peak / gigabyte:.2f}", verdict)
-    Console(soft_wrap=True, highlight=False).print(table)
+    Console(soft_wrap=True, highlight=False, width=120).print(table)
     print(f"Disk for checkpoints and adapters: {planned.disk / gigabyte:.2f} GB, and the base's weights where they are not here yet.")
     for stage, changes in planned.changes.items():
         print(f"{stage} would fit with: {' '.join(changes)}" if changes else f"{stage}: nothing here makes it fit; take a smaller base")
@@ -264,6 +264,11 @@ def _run(loop: "Loop", output: Path, only: str | None = None, resume: bool = Fal
         if is_main_process():
             console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
 
+    if only is None and is_main_process():
+        from .planning import doubts
+
+        for line in doubts(loop):
+            say(f"memory: {line}")
     say(f"{loop.model} into {output}: loading the libraries")
     from .training.recipe import quiet_libraries
 

@@ -25,9 +25,11 @@ from .errors import InstructLiteError
 from .models import memory
 from .models.memory import PPOCycle, Shapes
 
-# On a CPU, measured: what importing torch, transformers, TRL and PEFT takes, and how much more than the tensors of a phase the allocator
-# and the kernels of oneDNN hold. On a GPU, assumed: the context with cuBLAS's workspace, and the gaps between the allocator's blocks.
-LIBRARIES, KEPT_BY_ALLOCATOR = 0.55e9, 1.5
+# On a CPU, fitted to recorded peaks of the 135M model (bench/plan_vs_measured.py): what importing torch, transformers, TRL and PEFT takes,
+# how much more than the tensors of a phase the allocator holds, and the kernels that oneDNN compiles and keeps for a batch shape.
+LIBRARIES, KEPT_BY_ALLOCATOR, KERNELS = 0.55e9, 1.43, 12e6
+MOST_SHAPES = 80  # different batch shapes of a PPO run, whose answers end anywhere; its cache then drops old kernels
+# On a GPU, assumed: the context with cuBLAS's workspace, and the gaps between the allocator's blocks.
 CONTEXT, GAPS = 0.7e9, 1.08
 
 ASSUMED_PROMPT, ASSUMED_ANSWER = 512, 512
@@ -83,13 +85,15 @@ class Device:
     bytes: float
     count: int = 1
 
-    def needed(self, persistent: float, transient: float) -> float:
-        """Bytes that a process takes with such tensors."""
-        return CONTEXT + GAPS * (persistent + transient) if self.gpu else LIBRARIES + persistent + KEPT_BY_ALLOCATOR * transient
+    def needed(self, persistent: float, transient: float, batch_shapes: int = 0) -> float:
+        """Bytes that a process takes with such tensors, in batches of so many different shapes."""
+        if self.gpu:
+            return CONTEXT + GAPS * (persistent + transient)
+        return LIBRARIES + persistent + KEPT_BY_ALLOCATOR * transient + KERNELS * batch_shapes
 
     def __str__(self) -> str:
-        what = f"{'a GPU' if self.count == 1 else f'each of {self.count} GPUs'} of" if self.gpu else "this machine's CPU, memory"
-        return f"{what} {self.bytes / 1e9:.0f} GB"
+        cards = "a GPU" if self.count == 1 else f"each of {self.count} GPUs"
+        return f"{cards} of {self.bytes / 1e9:.0f} GB" if self.gpu else f"this machine's CPU with {self.bytes / 1e9:.0f} GB"
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,15 @@ class StagePlan:
     phases: dict[str, float]
     disk: float
     device: Device
+    batch_shapes: int = 0
+    """Different ones, that kernels are compiled for."""
 
     @property
     def persistent(self) -> float:
         return sum(self.parts.values())
 
     def peak_of(self, phase: str) -> float:
-        return self.device.needed(self.persistent, self.phases[phase])
+        return self.device.needed(self.persistent, self.phases[phase], self.batch_shapes)
 
     @property
     def peak(self) -> float:
@@ -168,6 +174,20 @@ def plan(loop: Loop, device: Device, *, shapes: Shapes | None = None, lengths: L
     stages = [_stage(name, loop, device, shapes, lengths) for name in PLANNERS]
     changes = {stage.stage: _changes(stage.stage, loop, device, shapes, lengths) for stage in stages if not stage.fits}
     return Plan(loop, device, stages, changes)
+
+
+def doubts(loop: Loop) -> list[str]:
+    """A line for each stage that would not fit on this machine, for who is about to run it; none where the base is not known yet."""
+    try:
+        planned = plan(loop, this_device())
+    except InstructLiteError:
+        return []  # whoever loads the base or reads the data says what is wrong
+    return [
+        f"{stage.stage} will need about {stage.peak / 1e9:.1f} GB, too much for {planned.device}"
+        + (f"; it should fit with {' '.join(changes)}" if (changes := planned.changes[stage.stage]) else "")
+        for stage in planned.stages
+        if not stage.fits
+    ]
 
 
 def this_device(gpus: int = 1) -> Device:
@@ -374,10 +394,14 @@ class _Asked:
         checkpoint = trained * self.adapter * 3 * memory.FULL
         return (self.training["save_total_limit"] + 1) * checkpoint + written * (self.adapter * memory.FULL + 10e6)
 
+    @property
+    def computes(self) -> memory.Computes:
+        """Of TRL's stages and of evaluation; PPO is lean."""
+        return "autocast" if self.device.gpu else "cast"
+
     def learning(self, tokens: int, head: int) -> dict[str, float]:
         """Phases of SFT and reward model: `tokens` of a batch, `head`: bytes of its output."""
-        computes = "autocast" if self.device.gpu else "cast"
-        shapes, size, checkpointing = self.shapes, self.size, self.checkpointing
+        shapes, size, computes, checkpointing = self.shapes, self.size, self.computes, self.checkpointing
         layers = shapes.num_hidden_layers if checkpointing else self.layers
         kept = memory.kept(shapes, size, self.rank, computes, layers=layers, checkpointing=checkpointing)
         back = memory.backward(shapes, size, self.rank, computes, checkpointing=checkpointing)
@@ -385,7 +409,7 @@ class _Asked:
 
     def reading(self, tokens: int) -> float:
         """Bytes of a forward pass without gradients."""
-        return tokens * memory.working(self.shapes, self.size, "autocast" if self.device.gpu else "cast") + self.unpacked
+        return tokens * memory.working(self.shapes, self.size, self.computes) + self.unpacked
 
 
 def _sft(asked: _Asked) -> StagePlan:
@@ -396,7 +420,7 @@ def _sft(asked: _Asked) -> StagePlan:
     tile = memory.logit_tile(asked.shapes, asked.size, batch * answer, gpu=asked.device.gpu)
     phases = asked.learning(batch * longest, tile)
     phases["evaluate"] = asked.reading(read * longest) + memory.logit_tile(asked.shapes, asked.size, read * answer, gpu=asked.device.gpu)
-    return StagePlan("sft", asked.parts(1, 1), phases, asked.disk(1), asked.device)
+    return StagePlan("sft", asked.parts(1, 1), phases, asked.disk(1), asked.device, longest // 5)
 
 
 def _reward(asked: _Asked) -> StagePlan:
@@ -407,7 +431,7 @@ def _reward(asked: _Asked) -> StagePlan:
     phases = asked.learning(lengths.answers * training["per_device_train_batch_size"] * longest, 0)
     phases["evaluate"] = asked.reading(2 * training["per_device_eval_batch_size"] * longest)
     members = asked.options.get("ensemble", 1)
-    return StagePlan(asked.stage, asked.parts(1, 1), phases, asked.disk(1, members), asked.device)
+    return StagePlan(asked.stage, asked.parts(1, 1), phases, asked.disk(1, members), asked.device, 2 * longest // 8)
 
 
 def _ppo(asked: _Asked) -> StagePlan:
@@ -432,16 +456,17 @@ def _ppo(asked: _Asked) -> StagePlan:
         rows = micro * min(asked.lengths.ptx or ASSUMED_PROMPT, ASSUMED_PROMPT)
         kept = memory.kept(asked.shapes, asked.size, asked.rank, "lean", layers=asked.layers, checkpointing=asked.checkpointing)
         phases["ptx"] = rows * kept + memory.logits(asked.shapes, min(rows, training["logp_chunk_size"])) + asked.unpacked
-    return StagePlan("ppo", asked.parts(adapters, 2), phases, asked.disk(2), asked.device)
+    shapes = min(MOST_SHAPES, training["max_steps"] if training.get("max_steps", -1) > 0 else MOST_SHAPES)
+    return StagePlan("ppo", asked.parts(adapters, 2), phases, asked.disk(2), asked.device, shapes)
 
 
 def _report(asked: _Asked) -> StagePlan:
     """base, SFT and PPO answer; the judge and the reward model score. All are in memory together."""
     evaluation, shapes = asked.options["evaluation"], asked.shapes
     prompt = _at_most(evaluation.max_prompt_length, asked.lengths.prompt, ASSUMED_PROMPT)
-    rows, width = evaluation.batch_size, prompt + evaluation.max_new_tokens
+    rows, width, computes = evaluation.batch_size, prompt + evaluation.max_new_tokens, asked.computes
     phases = {
-        "generate": rows * memory.answer(shapes, asked.size, width) + asked.reading(rows * prompt),
+        "generate": memory.generation(shapes, asked.size, rows, prompt, evaluation.max_new_tokens, computes) + asked.unpacked,
         "score": asked.reading(rows * width) + memory.logits(shapes, min(256, width)),
     }
     return StagePlan("report", asked.parts(3 + asked.options["ensemble"], 0), phases, 0.0, asked.device)

@@ -97,10 +97,24 @@ def adapter_parameters(shapes: Shapes, r: int, targets: str | Iterable[str] = "a
     return layers * sum(r * sum(shapes.linear[name]) for name in named)
 
 
+def cache(shapes: Shapes, size: int, length: int) -> int:
+    """Bytes of the keys and values of `length` tokens."""
+    return 2 * length * shapes.num_hidden_layers * shapes.key_size * size
+
+
+def draw(shapes: Shapes, size: int) -> int:
+    """Bytes of a row's logits while a token is drawn: as they come, in fp32, as probabilities, summed in fp64, as the draw leaves them."""
+    return shapes.vocab_size * (size + 4 + 4 + 8 + 4)
+
+
 def answer(shapes: Shapes, size: int, length: int) -> int:
-    """What a row of a batch takes while answers are generated: keys and values of `length` tokens, prompt and answer, and its logits
-    (as they come, in fp32, as probabilities, summed in fp64, and as the draw leaves them)."""
-    return 2 * length * shapes.num_hidden_layers * shapes.key_size * size + shapes.vocab_size * (size + 4 + 4 + 8 + 4)
+    """What a row of a batch takes while answers are generated: the cache of `length` tokens, prompt and answer, and its logits."""
+    return cache(shapes, size, length) + draw(shapes, size)
+
+
+def generation(shapes: Shapes, size: int, rows: int, prompt: int, response: int, computes: Computes) -> int:
+    """Bytes of a `generate` call: the cache, and the pass over the prompts or, later, the logits."""
+    return rows * (cache(shapes, size, prompt + response) + max(prompt * working(shapes, size, computes), draw(shapes, size)))
 
 
 def saved_by_a_layer(shapes: Shapes, size: int, rank: int, computes: Computes) -> int:
@@ -148,8 +162,8 @@ def logits(shapes: Shapes, tokens: int, numbers: int = 5) -> int:
 
 def logit_tile(shapes: Shapes, size: int, tokens: int, *, gpu: bool) -> int:
     """Bytes of the tile in which TRL's fused head makes log-probabilities (trl 1.16, kernels/chunked_logprob.py): in place where Triton
-    runs, with seven fp32 numbers for each of its own elsewhere."""
-    return min(tokens, 4096) * min(shapes.vocab_size, 32_768) * (size + (0 if gpu else 7 * FULL))
+    runs, with five fp32 numbers for each of its own elsewhere."""
+    return min(tokens, 4096) * min(shapes.vocab_size, 32_768) * (size + (0 if gpu else 5 * FULL))
 
 
 def trained(parameters: int) -> int:
@@ -184,9 +198,8 @@ class PPOCycle:
         chunk = logits(shapes, min(tokens, self.chunk))
         one = tokens * kept(shapes, size, self.rank, "lean", layers=layers, checkpointing=self.checkpointing)
         at_once = tokens * backward(shapes, size, self.rank, "lean", checkpointing=self.checkpointing)
-        prefill = self.generated_at_once * self.prompt * working(shapes, size, "lean")
         return {
-            "generate": self.generated_at_once * answer(shapes, size, width) + prefill + unpacked,
+            "generate": generation(shapes, size, self.generated_at_once, self.prompt, self.response, "lean") + unpacked,
             "score": lower + tokens * working(shapes, size, "lean") + chunk + unpacked,
             # The policy's pass is kept while the value's runs, then both go backward.
             "train": lower + max(one + chunk, 2 * one + at_once) + unpacked,
