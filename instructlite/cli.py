@@ -212,6 +212,7 @@ def _print_plan(recipe: str, planned: "Plan") -> None:
         verdict = "fits" if stage.fits else "does not fit"
         table.add_row(stage.stage, *fixed, f"{stage.phases[phase] / gigabyte:.2f} to {phase}", f"{stage.peak / gigabyte:.2f}", verdict)
     Console(soft_wrap=True, highlight=False, width=120).print(table)
+    print(planned.lengths)
     print(f"Disk for checkpoints and adapters: {planned.disk / gigabyte:.2f} GB, and the base's weights where they are not here yet.")
     for stage, changes in planned.changes.items():
         print(f"{stage} would fit with: {' '.join(changes)}" if changes else f"{stage}: nothing here makes it fit; take a smaller base")

@@ -109,6 +109,12 @@ class Lengths:
     prompt: int | None = None
     ptx: int | None = None
 
+    def __str__(self) -> str:
+        rows = {"demonstrations": self.demonstration, "comparisons": self.compared, "prompts": self.prompt}
+        said = (f"{name} {tokens or '?'}" for name, tokens in rows.items())
+        unknown = f" ? is planned as long as the options allow, a prompt as {ASSUMED_PROMPT}." if None in rows.values() else ""
+        return f"Longest rows in tokens: {', '.join(said)}.{unknown}"
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -147,6 +153,7 @@ class StagePlan:
 class Plan:
     loop: Loop
     device: Device
+    lengths: Lengths
     stages: list[StagePlan]
     changes: dict[str, list[str]] = field(default_factory=dict)
     """Of stages that do not fit: options that make them fit; empty if none does."""
@@ -173,7 +180,7 @@ def plan(loop: Loop, device: Device, *, shapes: Shapes | None = None, lengths: L
     lengths = lengths or lengths_of(loop)
     stages = [_stage(name, loop, device, shapes, lengths) for name in PLANNERS]
     changes = {stage.stage: _changes(stage.stage, loop, device, shapes, lengths) for stage in stages if not stage.fits}
-    return Plan(loop, device, stages, changes)
+    return Plan(loop, device, lengths, stages, changes)
 
 
 def doubts(loop: Loop) -> list[str]:
