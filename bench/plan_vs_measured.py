@@ -1,4 +1,5 @@
-"""Peak memory as `instructlite plan` has it, beside what was measured: every stage of finished runs, and the PPO of ppo_vs_trl.json.
+"""Peak memory as `instructlite plan` has it, beside what was measured: every stage of finished runs, and the PPO of ppo_vs_trl.json or
+ppo_gpu.json.
 
     python bench/plan_vs_measured.py [RUN ...] [--gpu] [--json FILE]
     instructlite run smollm2-135m --output runs/planned && python bench/plan_vs_measured.py runs/planned
@@ -22,7 +23,7 @@ from instructlite.models import memory
 from instructlite.models.memory import PPOCycle
 from instructlite.planning import Device, StagePlan, plan, shapes_of
 
-RECORDED = Path(__file__).resolve().parent / "results" / "ppo_vs_trl.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 PROMPT_LENGTH = 22  # tokens of the prompts of ppo_vs_trl.py, in ChatML
 SHAPES = 8  # all answers of that bench have one length: a few batch shapes
 
@@ -39,7 +40,7 @@ def of_run(run: Path, gpu: bool) -> Iterator[dict[str, Any]]:
 
 def of_ppo_vs_trl() -> Iterator[dict[str, Any]]:
     """Policy, reference, value and reward of rank 16 in bf16, 16 answers of 64 tokens, in micro-batches."""
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    recorded = json.loads((RESULTS / "ppo_vs_trl.json").read_text(encoding="utf-8"))
     settings, shapes = recorded["settings"], shapes_of(recorded["settings"]["model"])
     for side, top_layers in settings["top_layers"].items():
         adapter = memory.adapter_parameters(shapes, settings["lora_r"], top_layers=top_layers)
@@ -52,6 +53,25 @@ def of_ppo_vs_trl() -> Iterator[dict[str, Any]]:
         parts = {"base": memory.weights(shapes, "none", 2), "adapters": 16 * adapter, "trained": memory.trained(2 * adapter)}
         stage = StagePlan(side, parts, cycle.phases(), 0.0, Device(False, float("inf")), SHAPES)
         yield row(f"ppo_vs_trl {side}", stage.peak, recorded[side]["ours"]["peak_rss_mb"] * 1e6)
+
+
+def of_ppo_gpu(file: Path) -> Iterator[dict[str, Any]]:
+    """What ppo_gpu.py recorded, if it did: Llama-3.1-8B's shapes, checkpointed, in 4 bits and in bf16."""
+    recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    shapes = shapes_of("meta-llama/Llama-3.1-8B-Instruct")
+    for name, quantization in (("nf4", "nf4"), ("bf16", "none")):
+        if "peak_mb" not in recorded.get(name, {}):
+            continue
+        settings, rank = recorded["settings"], recorded["lora_r"]
+        cycle = PPOCycle(
+            shapes=shapes, size=2, rank=rank, shared_layers=0, prompt=recorded["prompt_length"], response=settings["response_length"],
+            rollout=settings["batch"], generated_at_once=settings["batch"], micro_batch=settings["per_device_train_batch_size"], chunk=256,
+            checkpointing=True, quantization=quantization,
+        )  # fmt: skip
+        adapter = memory.adapter_parameters(shapes, rank)
+        persistent = memory.weights(shapes, quantization, 2) + 4 * memory.FULL * adapter + memory.trained(2 * adapter)
+        measured = max(peak for phase, peak in recorded[name]["peak_mb"].items() if phase != "load")
+        yield row(f"ppo_gpu {name}", persistent + max(cycle.phases().values()), measured * 1e6)
 
 
 def row(name: str, planned: float, measured: float) -> dict[str, Any]:
@@ -69,7 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gpu", action="store_true", help="compare what torch allocated on the GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table")
     args = parser.parse_args(arguments)
-    rows = [found for run in args.runs for found in of_run(run, args.gpu)] + ([] if args.gpu else list(of_ppo_vs_trl()))
+    rows = [found for run in args.runs for found in of_run(run, args.gpu)] + list(
+        of_ppo_gpu(RESULTS / "ppo_gpu.json") if args.gpu else of_ppo_vs_trl()
+    )
     print(f"{'':32}{'planned GB':>12}{'measured GB':>13}{'ratio':>8}")
     for found in rows:
         print(f"{found['case']:32}{found['planned_gb']:12.2f}{found['measured_gb']:13.2f}{found['ratio']:8.2f}")

@@ -241,8 +241,11 @@ def push(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before more than 1 GB is sent.")] = False,
 ) -> None:
     """Push a run or an adapter to the Hugging Face Hub, with a card. The token is that of HF_TOKEN or `hf auth login`."""
+    import huggingface_hub
+
     from .sharing.hub import push_to_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # what happened is said below
     options = {"private": not public, "report": report, "base_model": base_model, "license": license}
     planned = push_to_hub(source, repo, **options, dry_run=True)
     print(planned)

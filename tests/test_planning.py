@@ -115,6 +115,23 @@ def test_the_bench_compares_a_finished_run(tmp_path, monkeypatch, capsys):
     assert len(list(plan_vs_measured.of_run(tmp_path, gpu=True))) == 1
 
 
+def test_the_bench_compares_what_was_recorded_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import plan_vs_measured
+
+    settings = {"response_length": 512, "batch": 16, "per_device_train_batch_size": 4}
+    recorded = {
+        "settings": settings,
+        "lora_r": 16,
+        "prompt_length": 64,
+        "nf4": {"peak_mb": {"load": 9e9, "generate": 9000, "backward": 10_000}},
+    }
+    (tmp_path / "ppo_gpu.json").write_text(json.dumps(recorded | {"bf16": {"out_of_memory": "…"}}))
+    (case,) = plan_vs_measured.of_ppo_gpu(tmp_path / "ppo_gpu.json")
+    assert case["measured_gb"] == 10 and 7 < case["planned_gb"] < 16
+    assert list(plan_vs_measured.of_ppo_gpu(tmp_path / "none.json")) == []
+
+
 def cycle(**changes) -> dict[str, int]:
     sizes = dict(shapes=BASES["meta-llama/Llama-3.1-8B-Instruct"], size=2, rank=16, shared_layers=0, prompt=256, response=256, rollout=64,
                  generated_at_once=64, micro_batch=4, chunk=256, checkpointing=False)  # fmt: skip

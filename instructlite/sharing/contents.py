@@ -37,13 +37,17 @@ OWN = {WEIGHTS, ADAPTER_CONFIG, MANIFEST, RUN, RECIPE, CARD, *TOKENIZER, *REPORT
 """Names that a repository has from here: what of them a new push lacks is deleted there."""
 
 SECRETS = {
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}",
-    "an API key": rb"\bsk-(?:ant-|proj-|or-)?[A-Za-z0-9_]{20,}|\bAIza[0-9A-Za-z_-]{35}",
-    "a GitHub token": rb"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}",
-    "an AWS key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a Slack token": rb"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
+    "a Hugging Face token": ((b"hf_", b"api_org_"), rb"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}"),
+    "an API key": ((b"sk-", b"AIza"), rb"\bsk-(?:ant-|proj-|or-)?[A-Za-z0-9_]{20,}|\bAIza[0-9A-Za-z_-]{35}"),
+    "a GitHub token": (
+        (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_"),
+        rb"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}",
+    ),
+    "an AWS key": ((b"AKIA", b"ASIA"), rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "a Slack token": ((b"xox",), rb"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
+    "a private key": ((b"-----BEGIN",), rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
 }
+"""What it is: how it begins, which is looked for first (weights are large), and the pattern."""
 _SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$")
 _BLOCK, _OVERLAP = 1 << 24, 1 << 10
 _ABSOLUTE = re.compile(r"(/|~/|[A-Za-z]:[\\/]|\\\\)[^\s/\\]+[/\\]")
@@ -161,7 +165,9 @@ def _findings(name: str, data: bytes | Path, own: dict[str, bytes]) -> list[str]
     private = {} if name.rpartition("/")[2] in {WEIGHTS, *VOCABULARIES} else _own_paths()  # those hold "/root" and the like as tokens
     found = set()
     for block in _blocks(data):
-        found |= {f"what looks like {what}" for what, pattern in SECRETS.items() if re.search(pattern, block)}
+        for what, (openings, pattern) in SECRETS.items():
+            if any(opening in block for opening in openings) and re.search(pattern, block):
+                found.add(f"what looks like {what}")
         found |= {f"the value of {what}" for what, secret in own.items() if secret in block}
         found |= {f"a path of this machine ({what})" for what, path in private.items() if path in block}
     return sorted(found)
@@ -196,7 +202,7 @@ def redacted(text: str) -> str:
     data = text.encode()
     for secret in _own_secrets().values():
         data = data.replace(secret, b"[...]")
-    for pattern in SECRETS.values():
+    for _, pattern in SECRETS.values():
         data = re.sub(pattern, b"[...]", data)
     return data.decode()
 
