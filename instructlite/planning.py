@@ -503,47 +503,54 @@ def _cpu_computes_in_bfloat16() -> bool:
 # --- what to change -----------------------------------------------------------------------------------------------------------
 
 
+Change = dict[str, Any]
+"""Options that go together, by their keys."""
+
+
 def _changes(stage: str, loop: Loop, device: Device, shapes: Shapes, lengths: Lengths) -> list[str]:
-    """Options, as they are written behind `instructlite run RECIPE`, that make the stage fit; one after the other until it does."""
-    changed: dict[str, Any] = {}
-    for key, value in _remedies(stage, loop, shapes):
-        changed[key] = value
-        changed_loop = _with(loop, changed)
-        if _stage(stage, changed_loop, device, shapes, lengths).fits:
-            return [f"{key}={_text(value)}" for key, value in changed.items()]
-    return []
+    """Options, as they are written behind `instructlite run RECIPE`, that make the stage fit: no more of them than it takes."""
+
+    def fits(changes: Iterable[Change]) -> bool:
+        changed = {key: value for change in changes for key, value in change.items()}
+        return _stage(stage, _with(loop, changed), device, shapes, lengths).fits
+
+    made: dict[tuple[str, ...], Change] = {}
+    for change in _remedies(stage, loop):
+        made[tuple(change)] = change  # a smaller value in place of the larger one before
+        if fits(made.values()):
+            break
+    else:
+        return []
+    for keys in list(made):
+        rest = [change for other, change in made.items() if other != keys]
+        if fits(rest):
+            del made[keys]
+    return [f"{key}={_text(value)}" for change in made.values() for key, value in change.items()]
 
 
-def _remedies(stage: str, loop: Loop, shapes: Shapes) -> Iterator[tuple[str, Any]]:
+def _remedies(stage: str, loop: Loop) -> Iterator[Change]:
     """From what costs least to what changes the result."""
+    coarser = [{"quantization": "nf4"}] if loop.quantization != "nf4" else []
     if stage == "report":
-        for rows in _halves(loop.evaluation.batch_size):
-            yield "evaluation.batch_size", rows
-        yield from _smaller_base(loop)
+        yield from ({"evaluation.batch_size": rows} for rows in _halves(loop.evaluation.batch_size))
+        yield from coarser
         return
     training = TRAINING | DEFAULTS[stage] | loop.options(stage).get("training", {})
     at = f"{stage}.training."
     batch, accumulation = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
-    rollout = batch * accumulation * training.get("num_mini_batches", 1)
     if stage == "ppo":
-        for rows in _halves(training.get("generation_batch_size") or rollout, least=4):
-            yield f"{at}generation_batch_size", rows
-    yield f"{at}gradient_checkpointing", True
-    for rows in _halves(batch):  # the same batch in more parts: the same result
-        if batch % rows == 0:
-            yield f"{at}per_device_train_batch_size", rows
-            yield f"{at}gradient_accumulation_steps", accumulation * batch // rows
+        at_once = training.get("generation_batch_size") or batch * accumulation * training["num_mini_batches"]
+        yield from ({f"{at}generation_batch_size": rows} for rows in _halves(at_once, least=4))
+    if not training["gradient_checkpointing"]:
+        yield {f"{at}gradient_checkpointing": True}
+    for rows in _halves(batch):
+        if batch % rows == 0:  # the same batch in more parts
+            yield {f"{at}per_device_train_batch_size": rows, f"{at}gradient_accumulation_steps": accumulation * batch // rows}
     if stage == "ppo":
-        yield f"{at}logp_chunk_size", 64
-    yield from _smaller_base(loop)
+        yield {f"{at}logp_chunk_size": 64}
+    yield from coarser
     length = "response_length" if stage == "ppo" else "max_length"
-    for tokens in _halves(training[length], least=64):
-        yield f"{at}{length}", tokens
-
-
-def _smaller_base(loop: Loop) -> Iterator[tuple[str, Any]]:
-    if loop.quantization != "nf4":
-        yield "quantization", "nf4"
+    yield from ({f"{at}{length}": tokens} for tokens in _halves(training[length], least=64))
 
 
 def _halves(number: int, least: int = 1) -> Iterable[int]:

@@ -152,7 +152,7 @@ def test_a_secret_across_the_edge_of_two_blocks_is_found(tmp_path, monkeypatch):
     file = tmp_path / "weights"
     file.write_bytes(b"." * 4080 + TOKEN.encode() + b"." * 9000)
     with pytest.raises(InstructLiteError, match="what looks like a Hugging Face token"):
-        contents.scan({"adapter_model.safetensors": file})
+        contents.scan({"adapter_model.safetensors": file}, tmp_path)
 
 
 def test_a_path_of_this_machine_in_a_text_stops_the_push(run, monkeypatch, tmp_path):

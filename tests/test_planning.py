@@ -195,10 +195,15 @@ def test_what_it_advises_makes_it_fit(name, size):
         )
 
 
-def test_a_smaller_micro_batch_keeps_the_batch():
-    changes = [line for lines in plan(loop(), card("8.5GB"), lengths=LONG).changes.values() for line in lines]
-    given = dict(line.split("=") for line in changes if line.startswith("reward."))
-    assert int(given["reward.training.per_device_train_batch_size"]) * int(given["reward.training.gradient_accumulation_steps"]) == 32
+def test_a_smaller_micro_batch_keeps_the_batch_and_nothing_is_advised_for_nothing():
+    changes = plan(loop(), card("10GB"), lengths=LONG).changes["ppo"]
+    given = dict(line.split("=") for line in changes)
+    assert int(given["ppo.training.per_device_train_batch_size"]) * int(given["ppo.training.gradient_accumulation_steps"]) == 16
+    for left_out in given:
+        fewer = [f"{key}={value}" for key, value in given.items() if key != left_out and "accumulation" not in key]
+        assert (
+            not stage("ppo", plan(load_loop("llama3.1-8b", fewer, complete=False), card("10GB"), lengths=LONG)).fits or "accum" in left_out
+        )
 
 
 def test_where_nothing_helps_it_says_so():

@@ -6,6 +6,7 @@ Only the files that the adapter's own manifest lists are downloaded, all of one 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ RECORD = "run.json"  # what the run says of itself goes with the adapter, but is
 def reference(source: object) -> tuple[str, str, str | None] | None:
     """(repository, "folder/" or "", revision) where `source` is text that names a Hub repository and nothing that is here."""
     found = _REFERENCE.fullmatch(source) if isinstance(source, str) else None
-    if found is None or Path(source).exists():
+    if found is None or os.path.exists(source):
         return None
     return found["repo"], found["folder"].lstrip("/") + "/" if found["folder"] else "", found["revision"]
 

@@ -145,7 +145,7 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item) for item in value]
-    if isinstance(value, str) and (_ABSOLUTE.match(value) or ("/" in value and "\n" not in value and Path(value).exists())):
+    if isinstance(value, str) and (_ABSOLUTE.match(value) or ("/" in value and os.path.exists(value))):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 
@@ -153,16 +153,16 @@ def without_paths(value: Any) -> Any:
 # --- the scan ---------------------------------------------------------------------------------------------------------------
 
 
-def scan(files: dict[str, bytes | Path]) -> None:
+def scan(files: dict[str, bytes | Path], directory: Path) -> None:
     """Raise InstructLiteError if a secret, or a path of this machine, is in what would go out. Says which file, never what."""
-    own = _own_secrets()
-    found = [f"{name}: {what}" for name, data in sorted(files.items()) for what in _findings(name, data, own)]
+    own, paths = _own_secrets(), _own_paths(directory)
+    found = [f"{name}: {what}" for name, data in sorted(files.items()) for what in _findings(name, data, own, paths)]
     if found:
         raise InstructLiteError("nothing was pushed, for this must not go out:\n" + "\n".join(found))
 
 
-def _findings(name: str, data: bytes | Path, own: dict[str, bytes]) -> list[str]:
-    private = {} if name.rpartition("/")[2] in {WEIGHTS, *VOCABULARIES} else _own_paths()  # those hold "/root" and the like as tokens
+def _findings(name: str, data: bytes | Path, own: dict[str, bytes], paths: dict[str, bytes]) -> list[str]:
+    private = {} if name.rpartition("/")[2] in {WEIGHTS, *VOCABULARIES} else paths  # those hold "/root" and the like as tokens
     found = set()
     for block in _blocks(data):
         for what, (openings, pattern) in SECRETS.items():
@@ -192,8 +192,8 @@ def _own_secrets() -> dict[str, bytes]:
     return {name: value.encode() for name, value in named.items() if len(value) >= 8}
 
 
-def _own_paths() -> dict[str, bytes]:
-    paths = {"your home directory": Path.home(), "the working directory": Path.cwd()}
+def _own_paths(directory: Path) -> dict[str, bytes]:
+    paths = {"your home directory": Path.home(), "the working directory": Path.cwd(), "the directory that is pushed": directory.resolve()}
     return {name: f"{path}/".encode() for name, path in paths.items() if len(path.parts) > 1}
 
 

@@ -95,7 +95,7 @@ def push_to_hub(
     found = _with_report(contents, report)
     card = model_card(contents, repo_id, found, license)
     contents.files[CARD] = card.encode()
-    scan(contents.files)
+    scan(contents.files, contents.directory)
     push = Push(repo_id, private, contents.sizes, card, contents.notes)
     return push if dry_run else _send(push, contents)
 
