@@ -415,15 +415,22 @@ def test_a_missing_repository_is_one_line(online):
 
 PLAIN = """
 import sys, torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 assert "instructlite" not in sys.modules
 ids = torch.arange(4, 24)[None]
-models = [AutoPeftModelForCausalLM.from_pretrained("me/mine"), AutoPeftModelForCausalLM.from_pretrained("me/mine", subfolder="sft"),
+models = [AutoPeftModelForCausalLM.from_pretrained("me/mine"),
+          PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("me/tiny-base"), "me/mine", subfolder="sft"),
           AutoModelForCausalLM.from_pretrained("me/mine")]
 assert AutoTokenizer.from_pretrained("me/mine").chat_template
 torch.save([model.eval()(ids).logits.detach() for model in models], sys.argv[1])
 """
+
+
+def test_the_card_shows_how_the_adapters_are_read_here(run):
+    card = push(run, dry_run=True).card
+    for line in ('AutoPeftModelForCausalLM.from_pretrained("me/mine")', 'from_pretrained("me/tiny-base"), "me/mine", subfolder="sft")'):
+        assert line in card and line in PLAIN
 
 
 def test_plain_peft_and_transformers_read_the_same_logits_from_the_hub(run, online, tiny_path, tmp_path):

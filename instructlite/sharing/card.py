@@ -115,20 +115,22 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
     rank = contents.json(ADAPTER_CONFIG)["r"]
     policies = {folder: adapter.sha256 for folder, adapter in contents.adapters.items() if adapter.role == "policy"}
     folder = next((folder for folder, sha256 in policies.items() if sha256 != root.sha256), None)
-    other = f'\nother = AutoPeftModelForCausalLM.from_pretrained("{repo_id}", subfolder="{folder}")  # another stage' if folder else ""
+    # Not through AutoPeftModel: it would look for the base in a folder of that name, too (peft 0.21).
+    other = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo_id}", subfolder="{folder}")'
     parts = [
         _python(f"""
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
-model = AutoPeftModelForCausalLM.from_pretrained("{repo_id}")  # the base and the adapter on it{other}
+model = AutoPeftModelForCausalLM.from_pretrained("{repo_id}")  # the base and the adapter on it
 
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "Why is the sky blue?"}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 """),
+        *([f"Another stage: `{other}`."] if folder else []),
         "With transformers alone (and peft installed): `AutoModelForCausalLM.from_pretrained"
         f'("{repo_id}")`. Served by vLLM (a line from its documentation, not run here):',
         f"```bash\nvllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {repo_id.rpartition('/')[2]}={repo_id}\n```",
