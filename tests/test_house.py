@@ -22,6 +22,7 @@ LAYERS = {
     "training": 3,
     "evaluation": 4,
     "sharing": 5,
+    "planning": 5,
     "pipeline": 6,
     "cli": 7,
     "__main__": 8,
