@@ -206,6 +206,10 @@ def test_a_smaller_micro_batch_keeps_the_batch_and_nothing_is_advised_for_nothin
         )
 
 
+def test_what_does_not_help_is_not_advised():
+    assert plan(loop(), card("8.5GB"), lengths=LONG).changes["sft"] == ["sft.training.max_length=256"]  # and no smaller micro-batch
+
+
 def test_where_nothing_helps_it_says_so():
     assert plan(loop(), card("4GB"), lengths=LONG).changes["ppo"] == []
 
