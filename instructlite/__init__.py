@@ -26,7 +26,8 @@ _HOME = {
     "Adapter": "models.manifest",
     "InstructLiteError": "errors",
     "evaluate": "evaluation.compare",
-    "prepare": "data.prepare",
+    "prepare": "data.preparing.prepare",
+    "push_to_hub": "sharing.hub",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .errors import InstructLiteError
     from .evaluation.compare import evaluate
     from .models.manifest import Adapter
+    from .sharing.hub import push_to_hub
     from .training.ppo import PPORecipe
     from .training.ppo_config import PPOConfig
     from .training.ppo_trainer import PPOTrainer

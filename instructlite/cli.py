@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .config import Loop
     from .pipeline import StageRun
+    from .planning import Plan
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         opening = "the data has faults, nothing was trained:\n" if isinstance(error, BadRecords) else ""
         process = "" if is_main_process() else f" (process {os.environ['RANK']})"
         print(f"instructlite{process}: {opening}{error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def _again(given: list[str]) -> str:
@@ -426,10 +427,11 @@ def votes_report(
 @app.command()
 def evaluate(
     candidates: Annotated[
-        list[str], typer.Argument(metavar="RUN|ADAPTER", help="A run directory, or adapters to compare; 'base' is the base alone.")
+        list[str],
+        typer.Argument(metavar="RUN|ADAPTER", help="A run, or adapters and Hub repositories to compare; 'base' is the base."),
     ],
     prompts: Annotated[Path | None, typer.Option(help="Held-out prompts (JSONL).", show_default="the run's")] = None,
-    judge: Annotated[Path | None, typer.Option(help="A reward adapter that PPO did not see.", show_default="the run's")] = None,
+    judge: Annotated[str | None, typer.Option(help="A reward adapter that PPO did not see.", show_default="the run's")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
 ) -> None:
@@ -444,7 +446,7 @@ def evaluate(
         return
     if is_run:
         candidates = ["base", str(run_directory / "sft"), str(run_directory / "ppo")]
-        prompts, judge = prompts or run_directory / "data" / "heldout_prompts.jsonl", judge or run_directory / "judge"
+        prompts, judge = prompts or run_directory / "data" / "heldout_prompts.jsonl", judge or str(run_directory / "judge")
     if prompts is None or judge is None or output is None:
         raise InstructLiteError("to compare adapters, give --prompts FILE, --judge ADAPTER and --output DIRECTORY for the report")
     from .training.recipe import quiet_libraries
@@ -457,6 +459,93 @@ def evaluate(
     print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
 
 
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name (instructlite recipes) or file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options over the recipe.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of the card, such as 24GB.", show_default="this machine")] = None,
+    gpus: Annotated[int, typer.Option(help="So many of them.", min=1)] = 1,
+    bases: Annotated[bool, typer.Option("--bases", help="Also: which bases would fit which cards with these settings.")] = False,
+) -> None:
+    """Say before anything is loaded or downloaded what memory and disk a recipe needs, and what to change if it does not fit."""
+    from rich.console import Console
+
+    from .config import load_loop
+    from .planning import bases_that_fit, card, this_device
+    from .planning import plan as plan_of
+
+    loop = load_loop(recipe, overrides or [], complete=False)
+    planned = plan_of(loop, card(gpu, gpus) if gpu else this_device(gpus))
+    _print_plan(recipe, planned)
+    if bases:
+        print("\nThe same settings on other bases: the most precise weights that fit a card of so many GB")
+        Console(soft_wrap=True, highlight=False, width=120).print(_bases_table(bases_that_fit(loop)))
+    if not planned.fits:
+        raise typer.Exit(1)
+
+
+def _print_plan(recipe: str, planned: "Plan") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    loop, gigabyte = planned.loop, 1e9
+    weights = "" if loop.quantization == "none" else f", {loop.quantization}"
+    print(f"{recipe}: {loop.model}{weights} on {planned.device}")
+    parts = list(planned.stages[0].parts)
+    table = Table("GB", *parts, "at the peak", "peak", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    for stage in planned.stages:
+        fixed = [f"{stage.parts[part] / gigabyte:.2f}" for part in parts]
+        phase = stage.largest_phase
+        verdict = "fits" if stage.fits else "does not fit"
+        table.add_row(stage.stage, *fixed, f"{stage.phases[phase] / gigabyte:.2f} to {phase}", f"{stage.peak / gigabyte:.2f}", verdict)
+    Console(soft_wrap=True, highlight=False, width=120).print(table)
+    print(planned.lengths)
+    print(f"Disk for checkpoints and adapters: {planned.disk / gigabyte:.2f} GB, and the base's weights where they are not here yet.")
+    for stage, changes in planned.changes.items():
+        print(f"{stage} would fit with: {' '.join(changes)}" if changes else f"{stage}: nothing here makes it fit; take a smaller base")
+
+
+def _bases_table(rows: list) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    cards = list(rows[0][2])
+    table = Table("base", "parameters", *map(str, cards), box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, parameters, fits in rows:
+        table.add_row(name, f"{parameters / 1e9:.2f} B", *(fits[size] or "-" for size in cards))
+    return table
+
+
+@app.command()
+def push(
+    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run directory with all of its adapters, or one adapter.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; it is made if there is none.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; else the repository is private.")] = False,
+    report: Annotated[Path | None, typer.Option(help="The report's directory.", show_default="RUN/report")] = None,
+    base_model: Annotated[str | None, typer.Option(metavar="ID", help="Where others find the base, if it is a directory here.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the adapters, as the Hub writes it, such as apache-2.0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and send nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before more than 1 GB is sent.")] = False,
+) -> None:
+    """Push a run or an adapter to the Hugging Face Hub, with a card. The token is that of HF_TOKEN or `hf auth login`."""
+    import huggingface_hub
+
+    from .sharing.hub import push_to_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # what happened is said below
+    options = {"private": not public, "report": report, "base_model": base_model, "license": license}
+    planned = push_to_hub(source, repo, **options, dry_run=True)
+    print(planned)
+    if dry_run:
+        print(f"\nNothing was sent. The card:\n\n{planned.card}")
+        return
+    if planned.total > 1e9 and not yes and not typer.confirm("That is more than 1 GB. Go on?"):
+        raise typer.Exit(1)
+    done = push_to_hub(source, repo, **options)
+    print(f"\n{'Pushed' if done.changed else 'Nothing had changed'}: {done.url} (commit {done.commit})")
+
+
 def _run(loop: "Loop", output: Path, only: str | None = None, resume: bool = False) -> None:
     from rich.console import Console
 
@@ -467,6 +556,11 @@ def _run(loop: "Loop", output: Path, only: str | None = None, resume: bool = Fal
         if is_main_process():
             console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
 
+    if only is None and is_main_process():
+        from .planning import doubts
+
+        for line in doubts(loop):
+            say(f"memory: {line}")
     say(f"{loop.model} into {output}: loading the libraries")
     from .training.recipe import quiet_libraries
 

@@ -18,6 +18,8 @@ import yaml
 from .errors import InstructLiteError
 
 REQUIRED = "???"
+EMBEDDED = "smollm2-135m"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STAGES = ("data", "sft", "reward", "judge", "ppo", "report")
 
 
@@ -251,9 +253,10 @@ SECTIONS: dict[str, type] = {"sft": SFTOptions, "reward": RewardOptions, "judge"
 _WIRED = {"model", "data", "eval_data", "demonstrations", "reward"}
 
 
-def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = ()) -> Loop:
+def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = (), *, complete: bool = True) -> Loop:
     """Read a recipe (a name that `instructlite recipes` lists, or a file) and lay `key=value` over it; dots go down: `sft.lora.r=8`.
 
+    complete: False lets `???` stand where the recipe wants a value from the user.
     Raises InstructLiteError for an unknown key (with the nearest known one), a wrong type, and a `???` left unfilled.
     """
     path = recipe_path(name_or_path)
@@ -271,7 +274,7 @@ def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = ()) ->
         _check(Loop, given, f"'{override}'")
         values = merge(values, given)
     missing = _unfilled({"model": REQUIRED, **values})
-    if missing:
+    if missing and (complete or "model" in missing):
         raise InstructLiteError(f"{path}: required: {', '.join(missing)}; add {' '.join(f'{key}=VALUE' for key in missing)} to the command")
     try:
         loop = _build(Loop, values)

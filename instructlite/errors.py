@@ -10,6 +10,8 @@ from types import ModuleType
 class InstructLiteError(Exception):
     """A mistake the user can mend: the message names the place, the fault and the remedy."""
 
+    exit_code = 2
+
 
 class BadRecords(InstructLiteError):
     """A data file has faults; nothing was trained. `problems` lists them all, `file:line: what` each."""

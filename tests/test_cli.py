@@ -124,7 +124,7 @@ def test_evaluate_of_adapters_needs_prompts_a_judge_and_a_place(run_cli, monkeyp
 
     monkeypatch.setattr("instructlite.evaluation.compare.evaluate", evaluate)
     result = run_cli("evaluate", "base", "a", "--prompts", "p.jsonl", "--judge", "j", "--output", tmp_path)
-    assert given == {"candidates": ["base", "a"], "data": Path("p.jsonl"), "judge": Path("j"), "output_dir": tmp_path}
+    assert given == {"candidates": ["base", "a"], "data": Path("p.jsonl"), "judge": "j", "output_dir": tmp_path}
     assert result.out.startswith("a table\n")
 
 
@@ -134,7 +134,7 @@ def test_evaluate_of_a_run_on_other_prompts_takes_the_rest_from_the_run(run_cli,
     monkeypatch.setattr("instructlite.evaluation.compare.evaluate", lambda candidates, **rest: given.update(rest, candidates=candidates))
     run_cli("evaluate", tmp_path, "--prompts", "p.jsonl", "--output", tmp_path / "out")
     assert given["candidates"] == ["base", str(tmp_path / "sft"), str(tmp_path / "ppo")]
-    assert (given["data"], given["judge"]) == (Path("p.jsonl"), tmp_path / "judge")
+    assert (given["data"], given["judge"]) == (Path("p.jsonl"), str(tmp_path / "judge"))
 
 
 FAULTY = b"""\

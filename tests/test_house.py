@@ -23,6 +23,8 @@ LAYERS = {
     "training": 3,
     "evaluation": 4,
     "feedback": 5,
+    "sharing": 5,
+    "planning": 5,
     "pipeline": 6,
     "cli": 7,
     "__main__": 8,

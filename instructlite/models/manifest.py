@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InstructLiteError
+from . import fetch
 
 if TYPE_CHECKING:
     from .base import Base
 
 FORMAT = 1
 NAME = "instructlite.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,26 @@ class Adapter:
 
     path: Path
     manifest: Manifest
+    reference: str | None = None
+    """Of an adapter from the Hub: user/repo, as it was asked for."""
 
     @classmethod
     def load(cls, path: str | Path | Adapter) -> Adapter:
-        """Open a directory; raises InstructLiteError if it is not an adapter that InstructLite wrote."""
-        return path if isinstance(path, Adapter) else cls(Path(path), read_manifest(path))
+        """Open a directory, or download user/repo from the Hub (text only; a Path is always one here).
+
+        Raises InstructLiteError if it is not an adapter that InstructLite wrote.
+        """
+        if isinstance(path, Adapter):
+            return path
+        if fetch.reference(path):
+            directory = fetch.download(path, NAME)
+            return cls(directory, read_manifest(directory), path)
+        return cls(Path(path), read_manifest(path))
+
+    @property
+    def name(self) -> str:
+        """What to call it beside others: the last part of where it is."""
+        return self.reference.partition("@")[0].rpartition("/")[2] if self.reference else self.path.resolve().name
 
     @property
     def role(self) -> str:
@@ -145,11 +162,16 @@ class Adapter:
         return json.loads(run.read_text(encoding="utf-8")).get("metrics", {}) if run.is_file() else {}
 
     def __str__(self) -> str:
-        return str(self.path)
+        return self.reference or str(self.path)
 
 
 def is_adapter(path: object) -> bool:
-    return isinstance(path, Adapter) or (isinstance(path, (str, Path)) and (Path(path) / "adapter_config.json").is_file())
+    """Whether it is an adapter, its directory, or (text only) a Hub repository with one."""
+    if isinstance(path, Adapter):
+        return True
+    if not isinstance(path, (str, Path)):
+        return False
+    return (Path(path) / ADAPTER_CONFIG).is_file() or fetch.holds(path, ADAPTER_CONFIG)
 
 
 def verify(adapter: Adapter, base: Base) -> None:

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from . import memory
 from .logprobs import token_log_probs
 from .roles import RoleModel
 
@@ -74,13 +75,8 @@ def generate(
 
 
 def bytes_per_answer(model: RoleModel, length: int) -> int:
-    """What a row of a batch takes while `generate` runs: keys and values of `length` tokens, prompt and answer, and its logits
-    (as they come, in fp32, as probabilities, summed in fp64, and as the draw leaves them)."""
-    config = model.base.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = torch.finfo(getattr(torch, model.base.dtype)).bits // 8
-    return 2 * length * config.num_hidden_layers * heads * head_size * size + config.vocab_size * (size + 4 + 4 + 8 + 4)
+    """What a row of a batch takes while `generate` runs, for `length` tokens, prompt and answer."""
+    return memory.answer(memory.Shapes.of(model.base.model.config.get_text_config()), memory.SIZES[model.base.dtype], length)
 
 
 def _generate_batch(

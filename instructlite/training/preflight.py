@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InstructLiteError
+from ..models import memory
 from ..models.base import Base
 from ..models.manifest import Adapter
 from ..models.roles import RoleModel
-from ..models.sampling import bytes_per_answer
 
 if TYPE_CHECKING:
     from .ppo_trainer import PPOTrainer
@@ -127,24 +127,23 @@ def _doubts_of_reward(role: str, adapter: Adapter) -> Iterator[tuple[str, str]]:
 
 
 def memory_needed(trainer: PPOTrainer) -> float:
-    """Bytes at the peak of a cycle beyond what is allocated before it, roughly: a warning, not a plan.
-
-    The larger of generating (keys, values and logits) and training one micro-batch (17 numbers a token, layer
-    and hidden unit: Korthikanti 2022, arXiv:2205.05198; policy and value at once), with Adam's moments, the gradients and
-    the hidden states kept for the cycle.
-    """
+    """Bytes at the peak of a cycle beyond what is allocated before it."""
     args, model = trainer.args, trainer.unwrapped
-    config, size = model.base.model.config.get_text_config(), torch.finfo(getattr(torch, model.base.dtype)).bits // 8
-    width = max(len(row["prompt_ids"]) for row in trainer.train_dataset) + args.response_length
-    hidden, layers, shared = config.hidden_size, config.num_hidden_layers, model.shared_layers if args.share_lower_layers else 0
-    generating = trainer.generation_batch_size * bytes_per_answer(model, width)
-    kept = args.local_rollout_batch_size * width * hidden * size if shared else 0
-    tokens, numbers = args.per_device_train_batch_size * width, 17 * (layers - shared)
-    if model.base.model.is_gradient_checkpointing:
-        numbers = layers + 17
-    training = 2 * tokens * hidden * numbers * size + 3 * args.logp_chunk_size * config.vocab_size * 4
-    optimiser = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return max(generating, kept + training) + optimiser
+    cycle = memory.PPOCycle(
+        shapes=memory.Shapes.of(model.base.model.config.get_text_config()),
+        size=memory.SIZES[model.base.dtype],
+        rank=max(config.r for config in model.peft_config.values()),
+        shared_layers=model.shared_layers if args.share_lower_layers else 0,
+        prompt=max(len(row["prompt_ids"]) for row in trainer.train_dataset),
+        response=args.response_length,
+        rollout=args.local_rollout_batch_size,
+        generated_at_once=trainer.generation_batch_size,
+        micro_batch=args.per_device_train_batch_size,
+        chunk=args.logp_chunk_size,
+        checkpointing=model.base.model.is_gradient_checkpointing,
+        quantization=model.base.quantization,
+    )
+    return max(cycle.phases().values()) + memory.trained(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
 def memory_available(device: torch.device) -> float:
