@@ -667,6 +667,19 @@ def test_an_ensemble_that_goes_on_keeps_the_members_that_are_done(three, tiny_pa
     assert seeds == [7, 5, 6], "other data, other members"
 
 
+def test_an_ensemble_that_was_killed_while_it_was_put_together_goes_on(three, tiny_path, tmp_path, monkeypatch):
+    def dies(source, target):
+        target.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            reward_recipe(tiny_path, ensemble=3).run(tmp_path / "reward")
+    again = reward_recipe(tiny_path, ensemble=3).run(tmp_path / "reward", resume=True)
+    assert [member.sha256 for member in again.members] == [member.sha256 for member in three.members]
+
+
 def test_ppo_takes_an_ensemble_a_function_and_another_model_from_a_recipe(three, tiny_path, tmp_path, my_rewards, other_model):
     ppo = PPORecipe(
         model=str(tiny_path), reward=three, rewards=["my_rewards:brevity", {"model": str(other_model), "name": "judge"}],
