@@ -668,14 +668,16 @@ def test_an_ensemble_that_goes_on_keeps_the_members_that_are_done(three, tiny_pa
 
 
 def test_an_ensemble_that_was_killed_while_it_was_put_together_goes_on(three, tiny_path, tmp_path, monkeypatch):
-    def dies(source, target):
-        target.mkdir()
+    """What kill -9 leaves there, and an exception does not: a directory that has begun to be filled."""
+
+    def dies(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copytree", dies)
         with pytest.raises(KeyboardInterrupt):
             reward_recipe(tiny_path, ensemble=3).run(tmp_path / "reward")
+    (tmp_path / "reward.partial" / "reward").mkdir()
     again = reward_recipe(tiny_path, ensemble=3).run(tmp_path / "reward", resume=True)
     assert [member.sha256 for member in again.members] == [member.sha256 for member in three.members]
 

@@ -127,7 +127,6 @@ class RewardRecipe(Recipe, RewardOptions):
         """The first member's directory with the others in it."""
         runs = [read_json(path / RECORD) for path in paths]
         runs[0]["config"]["ensemble"], runs[0]["seconds"] = self.ensemble, round(sum(run["seconds"] for run in runs), 1)
-        shutil.rmtree(directory, ignore_errors=True)  # half of it may be there, from a run that was killed here
         shutil.copytree(paths[0], directory)
         write_text(directory / RECORD, json.dumps(runs[0] | {"ensemble_made_from": made_from}, indent=2, ensure_ascii=False) + "\n")
         add_members(directory, paths[1:])

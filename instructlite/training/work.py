@@ -103,6 +103,7 @@ def working(target: Path) -> Iterator[Path]:
     try:
         with locked(work):
             restore(work, target.parent)
+            shutil.rmtree(work / target.name, ignore_errors=True)  # of a run that was killed before it could do so itself
             try:
                 yield work
             finally:
