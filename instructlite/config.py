@@ -20,6 +20,13 @@ from .errors import InstructLiteError
 REQUIRED = "???"
 EMBEDDED = "smollm2-135m"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def cache_directory() -> Path:
+    """Where the embedded model is kept once it is converted."""
+    return Path(os.environ.get("INSTRUCTLITE_CACHE", Path.home() / ".cache" / "instructlite"))
+
+
 STAGES = ("data", "sft", "reward", "judge", "ppo", "report")
 
 

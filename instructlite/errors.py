@@ -4,7 +4,11 @@ The command line prints it without a traceback and exits with code 2.
 """
 
 import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 class InstructLiteError(Exception):
@@ -32,3 +36,18 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name and error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise InstructLiteError(f"{module} is not installed: pip install 'instructlite[{extra}]'") from error
+
+
+def find_function(option: str, path: str) -> Callable[..., Any] | None:
+    """The function that "module:function" names, None if the module has none; modules of the working directory are found too, as with
+    `python -m`. Raises InstructLiteError, with the option, for a module that is not there."""
+    module, _, name = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), name, None) if module and name else None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise InstructLiteError(f"{option}={path}: no module {error.name} here or among the installed ones") from error
+    return function if callable(function) else None

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from .config import EMBEDDED, EMBEDDED_HUB_ID, REQUIRED, Loop, merge
+from .config import EMBEDDED, EMBEDDED_HUB_ID, REQUIRED, Loop, cache_directory, merge
 from .data.records import as_groups, read_ptx, read_records
 from .errors import InstructLiteError
 from .models import memory
@@ -54,25 +54,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 TRAINING = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "gradient_accumulation_steps": 1, "save_total_limit": 2}
 
 
-def _shapes(hidden: int, inner: int, layers: int, heads: int, keys: int, head: int, vocabulary: int, tied: bool) -> Shapes:
-    return Shapes(hidden, inner, layers, heads, keys, head, vocabulary, tied)
-
-
 BASES = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": _shapes(576, 1536, 30, 9, 3, 64, 49_152, True),
-    "HuggingFaceTB/SmolLM2-360M-Instruct": _shapes(960, 2560, 32, 15, 5, 64, 49_152, True),
-    "Qwen/Qwen3-0.6B": _shapes(1024, 3072, 28, 16, 8, 128, 151_936, True),
-    "meta-llama/Llama-3.2-1B-Instruct": _shapes(2048, 8192, 16, 32, 8, 64, 128_256, True),
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": _shapes(2048, 8192, 24, 32, 32, 64, 49_152, True),
-    "Qwen/Qwen3-1.7B": _shapes(2048, 6144, 28, 16, 8, 128, 151_936, True),
-    "meta-llama/Llama-3.2-3B-Instruct": _shapes(3072, 8192, 28, 24, 8, 128, 128_256, True),
-    "Qwen/Qwen3-4B": _shapes(2560, 9728, 36, 32, 8, 128, 151_936, True),
-    "mistralai/Mistral-7B-Instruct-v0.3": _shapes(4096, 14_336, 32, 32, 8, 128, 32_768, False),
-    "meta-llama/Llama-3.1-8B-Instruct": _shapes(4096, 14_336, 32, 32, 8, 128, 128_256, False),
-    "Qwen/Qwen3-8B": _shapes(4096, 12_288, 36, 32, 8, 128, 151_936, False),
-    "Qwen/Qwen3-14B": _shapes(5120, 17_408, 40, 40, 8, 128, 151_936, False),
-    "Qwen/Qwen3-32B": _shapes(5120, 25_600, 64, 64, 8, 128, 151_936, False),
-    "meta-llama/Llama-3.1-70B-Instruct": _shapes(8192, 28_672, 80, 64, 8, 128, 128_256, False),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Shapes(576, 1536, 30, 9, 3, 64, 49_152, True),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": Shapes(960, 2560, 32, 15, 5, 64, 49_152, True),
+    "Qwen/Qwen3-0.6B": Shapes(1024, 3072, 28, 16, 8, 128, 151_936, True),
+    "meta-llama/Llama-3.2-1B-Instruct": Shapes(2048, 8192, 16, 32, 8, 64, 128_256, True),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": Shapes(2048, 8192, 24, 32, 32, 64, 49_152, True),
+    "Qwen/Qwen3-1.7B": Shapes(2048, 6144, 28, 16, 8, 128, 151_936, True),
+    "meta-llama/Llama-3.2-3B-Instruct": Shapes(3072, 8192, 28, 24, 8, 128, 128_256, True),
+    "Qwen/Qwen3-4B": Shapes(2560, 9728, 36, 32, 8, 128, 151_936, True),
+    "mistralai/Mistral-7B-Instruct-v0.3": Shapes(4096, 14_336, 32, 32, 8, 128, 32_768, False),
+    "meta-llama/Llama-3.1-8B-Instruct": Shapes(4096, 14_336, 32, 32, 8, 128, 128_256, False),
+    "Qwen/Qwen3-8B": Shapes(4096, 12_288, 36, 32, 8, 128, 151_936, False),
+    "Qwen/Qwen3-14B": Shapes(5120, 17_408, 40, 40, 8, 128, 151_936, False),
+    "Qwen/Qwen3-32B": Shapes(5120, 25_600, 64, 64, 8, 128, 151_936, False),
+    "meta-llama/Llama-3.1-70B-Instruct": Shapes(8192, 28_672, 80, 64, 8, 128, 128_256, False),
 }
 """Shapes of bases that are known without asking anybody, smallest first."""
 
@@ -329,8 +325,7 @@ def counter(model: str) -> Callable[[str | list[dict[str, str]]], int]:
 
 
 def _tokenizer(model: str) -> Path | None:
-    cache = Path(os.environ.get("INSTRUCTLITE_CACHE", Path.home() / ".cache" / "instructlite"))
-    here = [*cache.glob(f"{EMBEDDED}-*/tokenizer.json")] if model == EMBEDDED else [Path(model) / "tokenizer.json"]
+    here = [*cache_directory().glob(f"{EMBEDDED}-*/tokenizer.json")] if model == EMBEDDED else [Path(model) / "tokenizer.json"]
     if found := next((path for path in here if path.is_file()), None):
         return found
     if model.count("/") != 1:

@@ -30,15 +30,19 @@ def agreement(pairs: np.ndarray, votes: np.ndarray, raters: np.ndarray, names: l
     return sorted(found, key=lambda row: -row["rows"])
 
 
-def alpha(pairs: np.ndarray, votes: np.ndarray) -> float | None:
-    """Krippendorff's alpha over the pairs that have two votes or more. None: there are none, all votes go one way (alpha is not defined
-    then), or krippendorff is not installed."""
-    _, unit = np.unique(pairs, return_inverse=True)
-    units = unit.max(initial=-1) + 1
-    counts = np.stack([np.bincount(unit, votes == side, units) for side in (0, 1)], axis=1)
-    counts = counts[counts.sum(axis=1) > 1].astype(int)
-    if not len(counts) or (counts.sum(axis=0) == 0).any() or not importlib.util.find_spec("krippendorff"):
+def alpha(units: np.ndarray, values: np.ndarray, level: str = "nominal") -> float | None:
+    """Krippendorff's alpha over the units that have two values or more. None: there are none, their values are all alike (alpha is not
+    defined then), or krippendorff is not installed.
+
+    units: key of what each value was given to. level: nominal for votes, interval for scores.
+    """
+    _, unit = np.unique(units, return_inverse=True)
+    domain, place = np.unique(values, return_inverse=True)
+    shape = (unit.max(initial=-1) + 1, len(domain))
+    counts = np.bincount(unit * len(domain) + place, minlength=shape[0] * shape[1]).reshape(shape)
+    counts = counts[counts.sum(axis=1) > 1]
+    if (counts.sum(axis=0) > 0).sum() < 2 or not importlib.util.find_spec("krippendorff"):
         return None
     import krippendorff
 
-    return float(krippendorff.alpha(value_counts=counts, level_of_measurement="nominal"))
+    return float(krippendorff.alpha(value_counts=counts, value_domain=domain, level_of_measurement=level))

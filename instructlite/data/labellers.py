@@ -155,19 +155,7 @@ class _Votes:
         items, scores, scorers = (np.frombuffer(numbers, numbers.typecode) for numbers in (self.items, self.scores, self.scorers))
         once = _once(items, scorers)
         items, scores = items[once], scores[once]
-        shared = _several(items)
-        values, place = np.unique(scores, return_inverse=True)
-        if not shared or len(values) < 2 or not importlib.util.find_spec("krippendorff"):
-            return shared, None
-        import krippendorff
-
-        _, unit = np.unique(items, return_inverse=True)
-        counts = np.zeros((unit.max() + 1, len(values)), int)
-        np.add.at(counts, (unit, place), 1)
-        counts = counts[counts.sum(axis=1) > 1]
-        if (counts.sum(axis=0) > 0).sum() < 2:  # everybody gave the same score: alpha is not defined
-            return shared, None
-        return shared, float(krippendorff.alpha(value_counts=counts, value_domain=values, level_of_measurement="interval"))
+        return _several(items), alpha(items, scores, "interval")
 
 
 def _pairs(row: Row) -> Iterator[tuple[int, int]]:

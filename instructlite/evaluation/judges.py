@@ -80,7 +80,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class LanguageModelJudge:
-    """A language model, behind an endpoint or in memory, that is asked by the prompts of data/prompts/judge.yaml or of the user's file."""
+    """A language model, behind an endpoint or in memory, asked by the prompts of data/generating/prompts/judge.yaml or of a file."""
 
     name: str
     completions: Completions
@@ -123,7 +123,9 @@ def preference(pairs: Sequence[Pair], verdicts: Verdicts, *, margin: float = 0.0
 
     margin: to either side; `prompts_needed` says how many prompts an interval of it takes.
     """
-    outcomes, longer = _by_prompt(pairs, verdicts)
+    known = zip(pairs, verdicts.outcomes, strict=True)
+    outcomes = statistics.by_prompt((pair.prompt, np.nan if outcome is None else outcome) for pair, outcome in known)
+    longer = statistics.by_prompt((pair.prompt, len(pair.a) - len(pair.b)) for pair in pairs)
     measured, warnings = verdicts.measured(), verdicts.warnings()
     if np.isnan(outcomes).all():
         empty = dict.fromkeys(
@@ -145,15 +147,3 @@ def preference(pairs: Sequence[Pair], verdicts: Verdicts, *, margin: float = 0.0
         "prompts": int((~np.isnan(outcomes)).any(1).sum()), "p_of_a_draw": test,
         "prompts_needed": needed, **measured, "warnings": warnings,
     }  # fmt: skip
-
-
-def _by_prompt(pairs: Sequence[Pair], verdicts: Verdicts) -> tuple[np.ndarray, np.ndarray]:
-    """Outcomes and by how much a is longer, each (prompts, pairs), NaN where there is no verdict or no such pair."""
-    rows: dict[str, list[tuple[float, float]]] = {}
-    for pair, outcome in zip(pairs, verdicts.outcomes, strict=True):
-        known = np.nan if outcome is None else outcome
-        rows.setdefault(repr(pair.prompt), []).append((known, len(pair.a) - len(pair.b)))
-    grid = np.full((len(rows), max(map(len, rows.values()), default=0), 2), np.nan)
-    for i, found in enumerate(rows.values()):
-        grid[i, : len(found)] = found
-    return grid[..., 0], grid[..., 1]

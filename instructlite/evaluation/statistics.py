@@ -6,8 +6,9 @@ answers, never single answers. What it cannot see is how another training run wo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -216,6 +217,17 @@ def _tail(n: int) -> float:
     percentiles put back the n / (n - 1) of the variance and Student's t.
     """
     return float(stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)))
+
+
+def by_prompt(values: Iterable[tuple[Any, float]]) -> np.ndarray:
+    """(prompts, values) from pairs of a prompt and a value, NaN where a prompt has fewer."""
+    rows: dict[str, list[float]] = {}
+    for prompt, value in values:
+        rows.setdefault(repr(prompt), []).append(value)
+    grid = np.full((len(rows), max(map(len, rows.values()), default=0)), np.nan)
+    for number, row in enumerate(rows.values()):
+        grid[number, : len(row)] = row
+    return grid
 
 
 def _prompt_means(values: np.ndarray) -> np.ndarray:

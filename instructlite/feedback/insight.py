@@ -98,20 +98,9 @@ def _names(votes: Sequence[Vote]) -> Callable[[Judged], str]:
     return lambda answer: named[answer.candidate]
 
 
-def _by_prompt(values: Iterable[tuple[Any, float]]) -> np.ndarray:
-    """(prompts, values), NaN where a prompt has fewer."""
-    rows: dict[str, list[float]] = defaultdict(list)
-    for prompt, value in values:
-        rows[repr(prompt)].append(value)
-    grid = np.full((len(rows), max(map(len, rows.values()), default=0)), np.nan)
-    for number, row in enumerate(rows.values()):
-        grid[number, : len(row)] = row
-    return grid
-
-
 def _rate(values: Iterable[tuple[Any, float]], seed: int) -> Row:
     """rate, low, high and prompts of (prompt, outcome) pairs, of which there is at least one."""
-    grid = _by_prompt(values)
+    grid = statistics.by_prompt(values)
     rate = statistics.preference_rate(grid, seed=seed)
     return {"rate": rate.value, "low": rate.low, "high": rate.high, "prompts": len(grid)}
 
@@ -142,12 +131,15 @@ def _split(pairs: list[Pair], part_of: Callable[[Vote], str | None], column: str
     return [{column: part, **row} for part in sorted(parts) for row in _win_rates(parts[part], name_of, seed)]
 
 
+def _shown_first(pairs: Iterable[Pair]) -> Iterator[tuple[Vote, float]]:
+    """Votes on two answers of which one won, and whether it was the one shown first."""
+    for vote, a, b in pairs:
+        if len(vote.answers) == 2 and a.place is not None and (won := outcome(a, b)) != 0.5:
+            yield vote, won if a.place < b.place else 1 - won
+
+
 def _first_shown(pairs: Iterable[Pair], seed: int) -> Row | None:
-    wins = [
-        (vote.prompt, outcome(a, b) if a.place < b.place else 1 - outcome(a, b))
-        for vote, a, b in pairs
-        if len(vote.answers) == 2 and a.place is not None and outcome(a, b) != 0.5
-    ]
+    wins = [(vote.prompt, won) for vote, won in _shown_first(pairs)]
     return _rate(wins, seed) if wins else None
 
 
@@ -193,14 +185,13 @@ def _gold(votes: Iterable[Vote]) -> Row | None:
     return {"right": sum(right), "votes": len(right), "rate": rate.value, "low": rate.low, "high": rate.high}
 
 
-def _voters(votes: Sequence[Vote], pairs: Iterable[Pair]) -> list[Row]:
+def _voters(votes: Sequence[Vote], pairs: Sequence[Pair]) -> list[Row]:
     said: dict[Any, dict[str, float]] = defaultdict(dict)
     first: dict[str, list[float]] = defaultdict(list)
     for vote, a, b in pairs:
-        won = outcome(a, b)
-        said[vote.item, a.id, b.id][vote.voter] = won
-        if len(vote.answers) == 2 and a.place is not None and won != 0.5:
-            first[vote.voter].append(won if a.place < b.place else 1 - won)
+        said[vote.item, a.id, b.id][vote.voter] = outcome(a, b)
+    for vote, won in _shown_first(pairs):
+        first[vote.voter].append(won)
     own: dict[str, list[Vote]] = defaultdict(list)
     for vote in votes:
         own[vote.voter].append(vote)
@@ -226,7 +217,7 @@ def _candidates(votes: Iterable[Vote], name_of: Callable[[Judged], str], seed: i
     rows = []
     for name, answers in judged.items():
         scores = [(vote.prompt, float(answer.likert)) for vote, answer in answers if answer.likert is not None]
-        mean = statistics.mean(np.nanmean(_by_prompt(scores), 1), seed=seed) if scores else None
+        mean = statistics.mean(np.nanmean(statistics.by_prompt(scores), 1), seed=seed) if scores else None
         asked = [answer.flags for _, answer in answers if answer.flags is not None]
         flags = {flag: fmean(flag in given for given in asked) for flag in FLAGS} if asked else {}
         likert = {"likert": mean and mean.value, "low": mean and mean.low, "high": mean and mean.high}

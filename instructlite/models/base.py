@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from ..config import EMBEDDED, EMBEDDED_HUB_ID, BaseOptions, Lora
+from ..config import EMBEDDED, EMBEDDED_HUB_ID, BaseOptions, Lora, cache_directory
 from ..errors import InstructLiteError, require
 from .manifest import Adapter, is_adapter, sha256_file
 
@@ -212,7 +212,7 @@ def _embedded_gguf() -> Path | None:
 
 def _convert_embedded(gguf: Path) -> Path:
     """SmolLM2-135M-Instruct from GGUF to a safetensors directory, once; later calls check the hash they left behind."""
-    cache = Path(os.environ.get("INSTRUCTLITE_CACHE", Path.home() / ".cache" / "instructlite"))
+    cache = cache_directory()
     target = cache / f"{EMBEDDED}-{_GGUF_SHA256[:8]}"
     if _is_whole(target):
         return target

@@ -1,4 +1,4 @@
-"""A model in memory as a Completer (see data/completer.py): a base or one of its adapters, in batches; a reward adapter as a score.
+"""A model in memory as a Completer (data/generating/completer.py): a base or one of its adapters, in batches; a reward adapter as a score.
 
 So generating data and judging work without any endpoint. No threads: batches take their place.
 """

@@ -201,6 +201,6 @@ class PPOCycle:
         return {
             "generate": generation(shapes, size, self.generated_at_once, self.prompt, self.response, "lean") + unpacked,
             "score": lower + tokens * working(shapes, size, "lean") + chunk + unpacked,
-            # The policy's pass is kept while the value's runs, then both go backward.
+            # As in several processes: both passes are kept, then both go backward. One process keeps one at a time and takes less.
             "train": lower + max(one + chunk, 2 * one + at_once) + unpacked,
         }

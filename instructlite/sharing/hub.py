@@ -104,17 +104,19 @@ def _with_report(contents: Contents, given: Report | str | os.PathLike | None) -
     """Put the report among the files, and give it as they have it."""
     own = contents.directory / "report"
     if isinstance(given, Report):
-        files = {"report.json": json.dumps(given.to_dict(), indent=2, ensure_ascii=False) + "\n", "report.md": given.to_markdown()}
+        content = given.to_dict()
+        files = {"report.json": json.dumps(content, indent=2, ensure_ascii=False) + "\n", "report.md": given.to_markdown()}
+        report = Report(**{name: value for name, value in content.items() if name != "format"}, answers=[])
     else:
         directory = own if given is None else Path(given)
         directory = directory.parent if directory.is_file() else directory
         if given is None and not (own / "report.json").is_file():
             contents.notes.append('There is no report: the card says "not evaluated" (--report DIRECTORY gives one).')
             return None
-        Report.load(directory)  # or says what is wrong
+        report = Report.load(directory)
         files = {name: (directory / name).read_text(encoding="utf-8") for name in REPORT if (directory / name).is_file()}
-    report = _about_these(json.loads(files["report.json"]), contents)
-    if report is None:
+    about = {row["adapter"] for row in [*report.candidates, *report.judges]}
+    if contents.adapters[""].sha256 not in about:
         wrong = f"the report is not about this adapter ({contents.adapters[''].sha256[:12]}), but about one before it"
         if given is not None:
             raise InstructLiteError(f"{wrong}; write it anew with instructlite evaluate")
@@ -124,14 +126,6 @@ def _with_report(contents: Contents, given: Report | str | os.PathLike | None) -
     for name, text in files.items():
         contents.files[f"report/{name}"] = _renamed(text, base, contents.base).encode()
     return Report(**{**vars(report), "base": report.base | {"id": contents.base}})
-
-
-def _about_these(content: dict, contents: Contents) -> Report | None:
-    """The report, if the adapter at the root is among its candidates or judges."""
-    content.pop("format")
-    report = Report(**content, answers=[])
-    about = {row["adapter"] for row in [*report.candidates, *report.judges]}
-    return report if contents.adapters[""].sha256 in about else None
 
 
 def _renamed(text: str, base: str, public: str) -> str:

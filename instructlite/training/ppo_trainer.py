@@ -141,13 +141,18 @@ class PPOTrainer(Checkpointing, Trainer):
         self._step_kl = torch.zeros(2, dtype=torch.float64, device=args.device)  # nats and tokens of the optimiser step, here
         self._metrics = Averages()
 
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that is trained on."""
+        return max(len(row["prompt_ids"]) for row in self.train_dataset)
+
     @property
     def generation_batch_size(self) -> int:
         """Prompts per generate call."""
         args, whole = self.args, self.args.local_rollout_batch_size
         if args.generation_memory is None:
             return args.generation_batch_size or whole
-        width = max(len(row["prompt_ids"]) for row in self.train_dataset) + args.response_length
+        width = self.longest_prompt + args.response_length
         each = bytes_per_answer(self.unwrapped, width) / 1e9
         if args.generation_memory < each:
             raise InstructLiteError(

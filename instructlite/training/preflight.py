@@ -134,7 +134,7 @@ def memory_needed(trainer: PPOTrainer) -> float:
         size=memory.SIZES[model.base.dtype],
         rank=max(config.r for config in model.peft_config.values()),
         shared_layers=model.shared_layers if args.share_lower_layers else 0,
-        prompt=max(len(row["prompt_ids"]) for row in trainer.train_dataset),
+        prompt=trainer.longest_prompt,
         response=args.response_length,
         rollout=args.local_rollout_batch_size,
         generated_at_once=trainer.generation_batch_size,

@@ -321,8 +321,7 @@ def length_weight(groups: list[dict]) -> float:
     margins = torch.tensor([
         float(len(group["responses_ids"][better]) - len(group["responses_ids"][worse]))
         for group in groups
-        for better, worse in permutations(range(len(group["ranks"])), 2)
-        if group["ranks"][better] < group["ranks"][worse]
+        for better, worse in ordered_pairs(group["ranks"])
     ])  # fmt: skip
     scale, w = margins.std(unbiased=False).clamp(min=1.0), torch.zeros(())
     x = margins / scale
@@ -362,11 +361,15 @@ def right_pairs(values: list[Sequence[float]], groups: list[dict]) -> tuple[floa
     """How many pairs that are no ties have the higher value at the better answer (equal values: a half), and of how many."""
     right, pairs = 0.0, 0
     for value, group in zip(values, groups, strict=True):
-        for better, worse in permutations(range(len(value)), 2):
-            if group["ranks"][better] < group["ranks"][worse]:
-                pairs += 1
-                right += 0.5 * ((value[better] > value[worse]) + (value[better] >= value[worse]))
+        for better, worse in ordered_pairs(group["ranks"]):
+            pairs += 1
+            right += 0.5 * ((value[better] > value[worse]) + (value[better] >= value[worse]))
     return right, pairs
+
+
+def ordered_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
+    """(better, worse) answers of a group by their numbers; ties are none."""
+    return [(i, j) for i, j in permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
 
 
 def length_correlation(scores: list[list[float]], lengths: list[list[int]]) -> float:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import inspect
 import re
-import sys
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
 
-from ..errors import InstructLiteError
+from ..errors import InstructLiteError, find_function
 from ..models.base import encode_conversation, encode_prompt, load_base
 from ..models.manifest import Adapter
 
@@ -247,20 +245,13 @@ def source_of(given: Any, name: str | None = None) -> RewardSource:
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The function that "module:function" names; modules of the working directory are found too, as with `python -m`."""
+    """The function that "module:function" names."""
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
         raise InstructLiteError(f"reward={path}: neither a reward adapter's directory, nor module:function, nor hf:MODEL")
-    module, _, attribute = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module), attribute, None)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module + ".").startswith(error.name + "."):
-            raise
-        raise InstructLiteError(f"reward={path}: no module {error.name} here or among the installed ones") from error
-    if not callable(function):
-        raise InstructLiteError(f"reward={path}: {module} has no function {attribute}")
+    function = find_function("reward", path)
+    if function is None:
+        module, _, name = path.partition(":")
+        raise InstructLiteError(f"reward={path}: {module} has no function {name}")
     return function
 
 

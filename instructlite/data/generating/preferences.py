@@ -4,7 +4,7 @@ import itertools
 
 from .completer import Messages
 from .pairwise import Pair, compare
-from .synthetic import Asking, Generated, different_prompts, fault_of
+from .synthetic import Asking, Generated, different_prompts
 
 
 def ai_preferences(asking: Asking, rows: list[dict], *, answers: int = 2) -> Generated:
@@ -40,16 +40,9 @@ def _groups(asking: Asking, result: Generated, rows: list[dict], answers: int) -
     own = [row for row in rows if "responses" in row or "chosen" in row]
     groups = [(row["prompt"], row.get("responses") or [row["chosen"], row["rejected"]]) for row in own]
     prompts = different_prompts([row for row in rows if "responses" not in row and "chosen" not in row])
-    drawn: list[list[str]] = [[] for _ in prompts]
-    for number in range(answers):
-        for i, answer in enumerate(asking.ask(prompts, f"answers {number + 1} of {answers}", draw=number)):
-            if reason := fault_of(answer):
-                result.reject(reason, prompt=prompts[i], draw=number + 1)
-            else:
-                drawn[i].append(answer.text)
-    for prompt, texts in zip(prompts, drawn, strict=True):
-        if len(texts) > 1:
-            groups.append((prompt, texts))
+    for prompt, drawn in zip(prompts, asking.draws(result, prompts, answers), strict=True):
+        if len(drawn) > 1:
+            groups.append((prompt, [answer.text for answer in drawn]))
         else:
             result.reject("fewer than two answers", prompt=prompt)
     return groups

@@ -6,8 +6,8 @@ As in WebGPT's best-of-n and Llama 2's rejection sampling; the reward is any fun
 from collections.abc import Callable
 
 from ...errors import InstructLiteError
-from .completer import Answer, Messages
-from .synthetic import Asking, Generated, different_prompts, fault_of
+from .completer import Messages
+from .synthetic import Asking, Generated, different_prompts
 
 Score = Callable[[list[tuple[Messages, str]]], list[float]]
 
@@ -20,13 +20,7 @@ def rejection_sampling(
         raise InstructLiteError("rejection-sampling needs a reward adapter (--reward) or a scoring function")
     result = Generated(asking.method, "demonstrations")
     prompts = different_prompts(rows)
-    drawn: list[list[Answer]] = [[] for _ in prompts]
-    for number in range(n):
-        for i, answer in enumerate(asking.ask(prompts, f"answers {number + 1} of {n}", draw=number)):
-            if reason := fault_of(answer):
-                result.reject(reason, prompt=prompts[i], draw=number + 1)
-            else:
-                drawn[i].append(answer)
+    drawn = asking.draws(result, prompts, n)
     scores = iter(score([(prompt, answer.text) for prompt, answers in zip(prompts, drawn, strict=True) for answer in answers]))
     for prompt, answers in zip(prompts, drawn, strict=True):
         scored = [(next(scores), answer) for answer in answers]

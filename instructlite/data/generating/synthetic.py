@@ -91,6 +91,17 @@ class Asking:
         requests = [Request(message, heat, self.max_tokens, self.seed + 1_000_003 * draw) for message in messages]
         return self.completions.ask(requests, f"{self.method}: {label}")
 
+    def draws(self, result: Generated, prompts: Sequence[Messages], number: int) -> list[list[Answer]]:
+        """So many answers to each prompt, less those that cannot be a row's text: they are rejected in `result`."""
+        drawn: list[list[Answer]] = [[] for _ in prompts]
+        for draw in range(number):
+            for i, answer in enumerate(self.ask(prompts, f"answers {draw + 1} of {number}", draw=draw)):
+                if reason := fault_of(answer):
+                    result.reject(reason, prompt=prompts[i], draw=draw + 1)
+                else:
+                    drawn[i].append(answer)
+        return drawn
+
     def provenance(self, created: str, **more: Any) -> dict[str, Any]:
         """How a row came about. created: the time of its answer, so that going on later gives the same rows."""
         return {

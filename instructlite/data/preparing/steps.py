@@ -4,9 +4,7 @@ A step judges a batch of rows: for each row None (kept, perhaps changed) or the 
 in = rows kept + rows rejected holds for every step, and writes each rejected row with its reason.
 """
 
-import importlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
-from ...errors import InstructLiteError
+from ...errors import InstructLiteError, find_function
 
 BATCH = 512
 EXAMPLES = 3
@@ -166,17 +164,9 @@ def excerpt(row: Sample, characters: int = 160) -> str:
 
 
 def named_function(option: str, path: str) -> Callable:
-    """The function that "module:function" names; modules of the working directory are found too."""
-    module, _, name = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module), name, None) if module and name else None
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise InstructLiteError(f"{option}={path}: no module {error.name} here or among the installed ones") from error
-    if not callable(function):
+    """The function that "module:function" names."""
+    function = find_function(option, path)
+    if function is None:
         raise InstructLiteError(f"{option}={path}: no such function (expected module:function)")
     return function
 
