@@ -26,11 +26,12 @@ LAYERS = {
     "sharing": 5,
     "planning": 5,
     "pipeline": 6,
-    "cli": 7,
+    "commands": 7,
+    "cli": 8,
     "__main__": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
-PRINTERS = {"cli.py", "evaluation/report.py"}
+PRINTERS = {"cli.py", "evaluation/report.py", *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "commands").glob("*.py"))}
 
 
 def name_of(path: Path) -> str:

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 from typer.testing import CliRunner
 
-from instructlite.cli import PREPARE_OPTIONS, app, main
+from instructlite.cli import app, main
+from instructlite.commands.data import PREPARE_OPTIONS
 from instructlite.data.containers import STARTER
 from instructlite.data.preparing.duplicates import folded
 from instructlite.data.preparing.prepare import PrepareOptions, prepare
