@@ -260,7 +260,8 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
         return {"model": run / "sft", "data": data / "reward.jsonl", "eval_data": data / "heldout.jsonl"}
     if stage == "report":
         adapters = {name: run / name for name in ("sft", "ppo", *loop.also, "judge", "reward")}
-        return {**adapters, "data": data / "heldout_prompts.jsonl", "heldout_demonstrations": data / "heldout_demonstrations.jsonl"}
+        shots = {"demonstrations": data / "demonstrations.jsonl"} if loop.evaluation.few_shot else {}
+        return {**adapters, **shots, "data": data / "heldout_prompts.jsonl", "heldout_demonstrations": data / "heldout_demonstrations.jsonl"}
     return {
         "model": run / "sft",
         "data": data / f"{stage}.jsonl",
@@ -337,10 +338,11 @@ def _report(loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: boo
         return ledger.stage_run("report", path, skipped=True), None
     candidates = _candidates(loop, run)
     say(f"report: {', '.join(one if isinstance(one, str) else one.name for one in candidates)} answer the held-out prompts")
-    records = {name: inputs[name] for name in ("data", "heldout_demonstrations")}
+    given = {name: path for name, path in inputs.items() if path.suffix == ".jsonl"}
+    given |= {"reward": run / "reward"} if loop.evaluation.best_of else {}
     options = {name: value for name, value in asdict(loop.evaluation).items() if name not in ("few_shot", "best_of")}
     with ledger.running("report", made_from) as peak:
-        report, memory = call(_evaluate, run, candidates, records, options)
+        report, memory = call(_evaluate, run, candidates, given, options)
         peak |= memory
     return ledger.stage_run("report", path, skipped=False), report
 

@@ -191,9 +191,8 @@ def test_the_verdict_trains_all_policies_and_records_one_table(tiny_path, tmp_pa
     for name in set(names) - {"sft"}:
         rate = rows[name]["sampled against sft"]
         assert 0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1
-        if name != "ppo":
-            rate = rows[name]["greedy against ppo"]
-            assert 0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1
+        greedy = rows[name]["greedy against ppo"]
+        assert greedy is None if name in ("ppo", "best-of-4") else 0 <= greedy["low"] <= greedy["rate"] <= greedy["high"] <= 1
     assert rows["sft"]["sampled against sft"] is None
     forth, back = rows["ppo"]["sampled against sft"], rows["sft"]["sampled against ppo"]
     assert forth["rate"] == pytest.approx(1 - back["rate"]) and forth["low"] == pytest.approx(1 - back["high"])

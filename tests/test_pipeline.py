@@ -356,6 +356,9 @@ def test_the_report_has_few_shot_prompting_and_best_of_n_where_asked_for(stood_i
     given, run = dict(stood_in.calls)["report"], stood_in.run
     assert given["candidates"] == ["base", "few-shot:3", run / "sft", "best-of-4", run / "ppo"]
     assert not {"few_shot", "best_of"} & set(given)
+    assert (given["reward"], given["demonstrations"]) == (run / "reward", run / "data" / "demonstrations.jsonl")
+    stood_in.go()
+    assert not {"reward", "demonstrations"} & set(dict(stood_in.calls)["report"])
 
 
 def test_what_is_no_text_for_ptx_stops_before_the_first_stage(stood_in, files):
