@@ -260,8 +260,9 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
         return {"model": run / "sft", "data": data / "reward.jsonl", "eval_data": data / "heldout.jsonl"}
     if stage == "report":
         adapters = {name: run / name for name in ("sft", "ppo", *loop.also, "judge", "reward")}
-        shots = {"demonstrations": data / "demonstrations.jsonl"} if loop.evaluation.few_shot else {}
-        return {**adapters, **shots, "data": data / "heldout_prompts.jsonl", "heldout_demonstrations": data / "heldout_demonstrations.jsonl"}
+        files = {"data": "heldout_prompts", "heldout_demonstrations": "heldout_demonstrations"}
+        files |= {"demonstrations": "demonstrations"} if loop.evaluation.few_shot else {}
+        return adapters | {name: data / f"{file}.jsonl" for name, file in files.items()}
     return {
         "model": run / "sft",
         "data": data / f"{stage}.jsonl",
