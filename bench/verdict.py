@@ -25,8 +25,7 @@ COMPARED = (
     "also.dpo=",
     "also.ppo-ptx.ptx_data=starter",
     "also.ppo-ptx.watch_reward=judge",
-    "evaluation.few_shot=4",
-    "evaluation.best_of=4",
+    "evaluation.candidates=[base, 'few-shot:4', sft, best-of-4, dpo, ppo-ptx, ppo]",
 )
 MEASURED = ("mean_reward", "mean_reward_low", "mean_reward_high", "kl", "perplexity", "length", "ended")
 TEXTS = ("answers", "samples")  # of report.json: the run directory has them

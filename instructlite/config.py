@@ -184,6 +184,9 @@ class PPOOptions(BaseOptions):
 class EvaluationOptions:
     """How the candidates answer the held-out prompts."""
 
+    candidates: list[str] | None = None
+    """Stages, base, few-shot:4, context, best-of-4 (of SFT): see evaluation/candidates.py. None: base and all policies of the loop. The
+    first words are about the last one."""
     prompts: int | None = None
     """The first n held-out prompts. None: all."""
     samples: int = 2
@@ -195,10 +198,6 @@ class EvaluationOptions:
     """1 samples from the distribution that PPO trained."""
     greedy: bool = True
     """Compare greedy answers too: they tell how much of a gain is only lower entropy."""
-    few_shot: int | None = None
-    """Also the base with so many demonstrations in its prompt. None: not."""
-    best_of: int | None = None
-    """Also SFT where the reward model chooses the best of so many answers. None: not."""
     batch_size: int = 32
     seed: int = 0
 

@@ -260,9 +260,10 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
         return {"model": run / "sft", "data": data / "reward.jsonl", "eval_data": data / "heldout.jsonl"}
     if stage == "report":
         adapters = {name: run / name for name in ("sft", "ppo", *loop.also, "judge", "reward")}
-        files = {"data": "heldout_prompts", "heldout_demonstrations": "heldout_demonstrations"}
-        files |= {"demonstrations": "demonstrations"} if loop.evaluation.few_shot else {}
-        return adapters | {name: data / f"{file}.jsonl" for name, file in files.items()}
+        return {
+            **adapters,
+            **{name: data / f"{name}.jsonl" for name in ("heldout_prompts", "heldout_demonstrations", "demonstrations", "heldout")},
+        }
     return {
         "model": run / "sft",
         "data": data / f"{stage}.jsonl",
@@ -311,24 +312,10 @@ def _run_recipe(stage: str, options: dict[str, Any], path: Path, resume: bool) -
     return recipe_class(stage)(**options).run(path, resume=resume)
 
 
-def _candidates(loop: Loop, run: Path) -> list[str | Path]:
-    """Who is compared; the last one is what the report's first words are about."""
-    few_shot, best_of = loop.evaluation.few_shot, loop.evaluation.best_of
-    return [
-        "base",
-        *([f"few-shot:{few_shot}"] if few_shot else []),
-        run / "sft",
-        *([f"best-of-{best_of}"] if best_of else []),
-        *(run / stage for stage in (*loop.also, "ppo")),
-    ]
+def _evaluate(run: Path, options: dict[str, Any]) -> "Report":
+    from .evaluation.runs import evaluate_run
 
-
-def _evaluate(run: Path, candidates: list[str | Path], inputs: dict[str, Any], options: dict[str, Any]) -> "Report":
-    from .evaluation.compare import evaluate
-
-    # The judge comes first and leads; the reward model beside it shows what PPO was optimised for.
-    judges = [run / "judge", run / "reward"]
-    return evaluate(candidates, judge=judges, output_dir=run / "report", **inputs, **options)
+    return evaluate_run(run, **options)
 
 
 def _report(loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: bool, say: Say) -> tuple[StageRun, "Report | None"]:
@@ -337,13 +324,11 @@ def _report(loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: boo
     if not again and (path / "report.json").is_file() and ledger.has("report", made_from):
         say(f"report: kept from before, made from the same options and adapters ({path})")
         return ledger.stage_run("report", path, skipped=True), None
-    candidates = _candidates(loop, run)
-    say(f"report: {', '.join(one if isinstance(one, str) else one.name for one in candidates)} answer the held-out prompts")
-    given = {name: path for name, path in inputs.items() if path.suffix == ".jsonl"}
-    given |= {"reward": run / "reward"} if loop.evaluation.best_of else {}
-    options = {name: value for name, value in asdict(loop.evaluation).items() if name not in ("few_shot", "best_of")}
+    # The last one is what the report's first words are about.
+    candidates = loop.evaluation.candidates or ["base", "sft", *loop.also, "ppo"]
+    say(f"report: {', '.join(candidates)} answer the held-out prompts")
     with ledger.running("report", made_from) as peak:
-        report, memory = call(_evaluate, run, candidates, given, options)
+        report, memory = call(_evaluate, run, asdict(loop.evaluation) | {"candidates": candidates})
         peak |= memory
     return ledger.stage_run("report", path, skipped=False), report
 
