@@ -181,7 +181,10 @@ def test_judges_of_a_run_are_stages_or_language_models(run_cli, evaluated, monke
 def test_blind_votes_of_a_run_are_counted_where_they_are_wanted(run_cli, evaluated):
     store = Store(evaluated.run)
     for temperature in (1.0, 0):
-        answers = [Answer(Candidate(name, "m", name and "a" * 64), "text " + name, {"temperature": temperature}) for name in ("", "sft")]
+        answers = [
+            Answer(Candidate(name, "m", name and "a" * 64), f"an answer {number}", {"temperature": temperature})
+            for number, name in enumerate(("", "sft"))
+        ]
         item = store.add_item([{"role": "user", "content": f"q at {temperature}"}], answers)
         store.record(item, store.voter().key, Ballot.tie())
     store.close()

@@ -246,7 +246,8 @@ class Report:
             key = {"candidate": text["candidate"], "decoding": text["decoding"]}
             rewards = [_find(self.rewards, judge=judge["name"], **key) for judge in self.judges]
             shape = [_number(text["length"], 1), *(_number(text[name], 3) for name in ("ended", "distinct_2", "repeated_trigrams"))]
-            rows.append([text["candidate"], self._decoding(text["decoding"]), *(_bracket(row, "mean_reward") if row else "–" for row in rewards), *shape])
+            numbers = [_bracket(row, "mean_reward") if row else "–" for row in rewards]
+            rows.append([text["candidate"], self._decoding(text["decoding"]), *numbers, *shape])
         return [*header, "length", "ended", "distinct-2", "repeated trigrams"], rows
 
     def __str__(self) -> str:
