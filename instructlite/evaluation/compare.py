@@ -28,7 +28,7 @@ from ..progress import Advance, progress
 from . import statistics
 from .candidates import Candidate, Model, Prompting, candidates_of
 from .curves import training_of
-from .judges import SCALES, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
+from .judges import ACCURACY, SCALES, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
 from .judging import Decoding, Judging, Match, flat
 from .kept import FILE, Asked, Kept, KeptModel
 from .metrics import distinct, kl_per_answer, perplexity, repeated
@@ -275,7 +275,8 @@ class Comparison:
         if not comparisons or isinstance(judge, People) or judge.to_dict({})["accuracy"] is not None:
             return {}
         if isinstance(judge, LanguageModelJudge):
-            return judge.accuracy(comparisons, seed=self.seed)
+            found = judge.accuracy(comparisons, seed=self.seed)
+            return {name: found[name] for name in ACCURACY}
         base, sides = self.model.model.base, ("chosen", "rejected")
         sequences = [(base.encode_prompt(row["prompt"]), base.encode_completion(row[side])) for side in sides for row in comparisons]
         scores = judge.combined(self.model.scores(judge.roles, sequences, f"accuracy of {judge.name}")).reshape(2, -1)
