@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import random
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,9 @@ from transformers import AutoModelForCausalLM
 from instructlite import evaluate
 from instructlite.config import Lora
 from instructlite.errors import InstructLiteError
-from instructlite.evaluation.compare import Candidate, Comparison, Decoding
+from instructlite.evaluation import kept
+from instructlite.evaluation.compare import Comparison
+from instructlite.evaluation.judging import Decoding
 from instructlite.models.base import load_base, lora_config
 from instructlite.models.manifest import Adapter, write_manifest
 from instructlite.models.roles import RoleModel
@@ -72,7 +76,9 @@ def report(runs, tmp_path_factory):
 
 
 def row(rows, **keys):
-    found = [row for row in rows if all(row[name] == value for name, value in keys.items())]
+    """The row with these values; one of sampled answers against greedy ones only where it is asked for."""
+    keys = {"b_decoding": None} | keys
+    found = [row for row in rows if all(row.get(name) == value for name, value in keys.items())]
     assert len(found) == 1, (keys, found)
     return found[0]
 
@@ -261,10 +267,9 @@ def test_the_shown_losses_are_the_worst(report):
 
 
 def test_the_stop_token_counts_for_the_length_and_not_as_a_word(tiny_base):
-    sft = Candidate("sft", None, None)
-    comparison = Comparison(SimpleNamespace(base=tiny_base), [sft], [], [], 32, 0, {})
+    comparison = Comparison(SimpleNamespace(model=SimpleNamespace(base=tiny_base)), [], [], None, [], None, 0, {})
     ended, cut, stop = [50, 51, tiny_base.end_id], [50, 51, 52], [tiny_base.end_id]
-    found = comparison._text(Decoding("sampled", Sampling(), 3, answers={"sft": [ended, cut, stop]}), sft)
+    found = comparison._text(Decoding("sampled", Sampling(), 3, answers={"sft": [ended, cut, stop]}), "sft")
     assert (found["length"], found["ended"], found["distinct_2"]) == pytest.approx((7 / 3, 2 / 3, 2 / 3))
 
 
@@ -319,3 +324,168 @@ def test_a_judge_without_finite_scores_is_refused(runs, tiny_path, tmp_path):
     write_manifest(judge.path, role="reward", base=base)
     with pytest.raises(InstructLiteError, match="not finite"):
         evaluate([runs / "sft"], PROMPTS, judge.path, greedy=False, max_new_tokens=2)
+
+
+# --- other candidates than adapters -----------------------------------------------------------------------------------------
+
+
+SHOTS = [{"prompt": f"Say {word}.", "completion": word} for word in ("one", "two", "three", "four")]
+
+
+@pytest.fixture(scope="module")
+def wide(runs, tmp_path_factory):
+    """Everybody, in one report."""
+    return evaluate(
+        ["base", "few-shot:2", "context", runs / "sft", "best-of-4", runs / "ppo"],
+        [row | ({"context": "Oaks are trees."} if "tree" in row["prompt"] else {}) for row in PROMPTS],
+        {"judge": runs / "judge", "both": [runs / "judge", runs / "reward"]},
+        demonstrations=SHOTS, reward=runs / "reward", heldout_demonstrations=DEMONSTRATIONS,
+        output_dir=tmp_path_factory.mktemp("wide"), **FAST,
+    )  # fmt: skip
+
+
+def test_every_kind_of_candidate_has_its_row_in_the_given_order(wide):
+    found = [(entry["name"], entry["kind"], entry["n"], entry["of"]) for entry in wide.candidates]
+    assert found == [
+        ("base", "base", None, None),
+        ("few-shot:2", "few-shot", 2, None),
+        ("context", "context", None, None),
+        ("sft", "adapter", None, None),
+        ("best-of-4", "best-of-n", 4, "sft"),
+        ("ppo", "adapter", None, None),
+    ]
+    best = row(wide.candidates, name="best-of-4")
+    assert best["analytic_kl"] == pytest.approx(math.log(4) - 3 / 4) and best["adapter"] == row(wide.candidates, name="sft")["adapter"]
+    assert wide.headline == ["ppo", "sft"] and wide.reference == "sft"
+
+
+def test_few_shot_answers_what_the_base_answers_after_the_demonstrations(wide, tiny_path):
+    model, tokenizer = plain_model(tiny_path), byte_tokenizer()
+    order = random.Random(0).sample(SHOTS, len(SHOTS))[:2]
+    shown = "".join(f"<|im_start|>user\n{s['prompt']}<|im_end|>\n<|im_start|>assistant\n{s['completion']}<|im_end|>\n" for s in order)
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(f"{shown}<|im_start|>user\n{prompt['prompt']}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=0)
+        expected.append(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
+    assert texts(wide, candidate="few-shot:2", decoding="greedy") == expected
+    assert texts(wide, candidate="base", decoding="greedy") != expected
+
+
+def test_a_context_changes_the_answers_to_its_prompt_only(wide):
+    base, context = (texts(wide, candidate=name, decoding="greedy") for name in ("base", "context"))
+    assert [a == b for a, b in zip(base, context, strict=True)] == ["tree" not in prompt["prompt"] for prompt in PROMPTS]
+
+
+def test_the_best_of_n_is_what_the_training_reward_model_scores_highest(wide, runs, tmp_path):
+    shutil.copytree(runs / "sft", tmp_path / "best-of-4")  # of one name and the same weights: the same answers are drawn
+    all_drawn = evaluate([tmp_path / "best-of-4"], PROMPTS, runs / "reward", samples=8, max_new_tokens=8, greedy=False)
+    best, by_judge = [], []
+    for entry in all_drawn.answers:
+        answers = entry["answers"]
+        for part in (answers[:4], answers[4:]):
+            best.append(max(part, key=lambda answer: answer["scores"]["reward"])["text"])
+    assert texts(wide, candidate="best-of-4", decoding="sampled") == best
+    assert not texts(wide, candidate="best-of-4", decoding="greedy"), "the best of equal answers is none"
+    by_judge = [row(wide.rewards, candidate=name, judge="judge", decoding="sampled")["mean_reward"] for name in ("sft", "best-of-4")]
+    assert by_judge[0] != by_judge[1]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        (["sft", "best-of-4"], "the best by which reward model"),
+        (["base", "few-shot:4"], "few-shot:4: give demonstrations="),
+        (["best-of-4"], "an adapter is not among the candidates that it can draw from: none"),
+        (["sft", "best-of-2:ppo"], "ppo is not among the candidates that it can draw from: sft"),
+        (["few-shot:0"], "is written few-shot:4"),
+    ],
+)
+def test_a_candidate_that_lacks_what_it_needs_says_so(runs, candidates, message):
+    named = [str(runs / name) if name in ("sft", "ppo") else name for name in candidates]
+    with pytest.raises(InstructLiteError, match=message):
+        evaluate(named, PROMPTS, runs / "judge")
+
+
+# --- kept -------------------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As kill -9: nothing may be caught and tidied up."""
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Counts what is drawn, scored and run for log-probabilities; `killed_after` batches of answers everything stops."""
+    counts = Counter()
+
+    def counting(name, function):
+        def call(model, first, *rest, **options):
+            rows = first if name == "generate" else rest[0]
+            counts[name] += len(rows)
+            if name == "generate" and counts["killed_after"]:
+                keep, left = options["keep"], iter(range(counts["killed_after"] - 1, -1, -1))
+
+                def keep_some(numbers, answers):
+                    keep(numbers, answers)
+                    if next(left) == 0:
+                        raise Killed
+
+                options["keep"] = keep_some
+            return function(model, first, *rest, **options)
+
+        return call
+
+    for name in ("generate", "score", "log_probs"):
+        monkeypatch.setattr(kept, name, counting(name, getattr(kept, name)))
+    return counts
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_as_the_uninterrupted_one(report, runs, computed, tmp_path):
+    run = {"candidates": ["base", runs / "sft", runs / "ppo"], "data": PROMPTS, "judge": {"judge": runs / "judge", "own": runs / "reward"}}
+    run |= {"heldout_demonstrations": DEMONSTRATIONS, "output_dir": tmp_path, **FAST}
+    whole = evaluate(**run | {"output_dir": tmp_path / "whole", "batch_size": 4})
+    drawn = computed["generate"]
+    for batches in (1, 3):
+        computed["killed_after"] = batches
+        with pytest.raises(Killed):
+            evaluate(**run, batch_size=4)
+    computed.clear()
+    again = evaluate(**run, batch_size=4)
+    assert computed["generate"] == drawn - 16, "four batches of four were kept"
+    assert {**again.to_dict(), "seconds": None} == {**whole.to_dict(), "seconds": None}
+    assert again.answers == whole.answers
+    computed.clear()
+    evaluate(**run, batch_size=4)
+    assert not computed, "all of it is kept"
+
+
+def test_one_more_candidate_or_judge_costs_only_itself(report, runs, computed, tmp_path):
+    first = evaluate(["base", runs / "sft"], PROMPTS, runs / "judge", output_dir=tmp_path, **FAST)
+    computed.clear()
+    second = evaluate(["base", runs / "sft", runs / "ppo"], PROMPTS, runs / "judge", output_dir=tmp_path, **FAST)
+    assert computed["generate"] == 3 * len(PROMPTS), "two sampled answers and a greedy one"
+    for name in ("base", "sft"):
+        assert texts(second, candidate=name) == texts(first, candidate=name)
+    assert texts(second) == texts(report), "whatever was there before"
+    computed.clear()
+    third = evaluate(["base", runs / "sft", runs / "ppo"], PROMPTS, [runs / "judge", runs / "reward"], output_dir=tmp_path, **FAST)
+    assert not computed["generate"] and computed["score"]
+    assert texts(third) == texts(second)
+
+
+def test_another_seed_adapter_or_length_is_drawn_anew(runs, computed, tmp_path):
+    run = {"data": PROMPTS, "judge": runs / "judge", "output_dir": tmp_path / "report", "greedy": False}
+    shutil.copytree(runs / "sft", tmp_path / "mine")
+    evaluate([tmp_path / "mine"], **run, max_new_tokens=4)
+    shutil.rmtree(tmp_path / "mine")
+    shutil.copytree(runs / "ppo", tmp_path / "mine")
+    for options in (
+        {"max_new_tokens": 4},
+        {"max_new_tokens": 4, "seed": 1},
+        {"max_new_tokens": 5},
+        {"max_new_tokens": 4, "temperature": 0.5},
+    ):
+        computed.clear()
+        evaluate([tmp_path / "mine"], **run, **options)
+        assert computed["generate"] == 2 * len(PROMPTS)
