@@ -8,34 +8,39 @@ import sys
 import pytest
 from test_compare import make_adapter
 
+from instructlite import PPORecipe, evaluate
 from instructlite.errors import InstructLiteError
 from instructlite.models.base import load_base
 
 pytest.importorskip("lm_eval", reason="pip install 'instructlite[bench]'")
 
 from instructlite.evaluation import benchmarks
-from instructlite.evaluation.benchmarks import benchmark, shipped_tasks
+from instructlite.evaluation.benchmarks import add_to_report, benchmark, shipped_tasks
 from instructlite.evaluation.prompt_sets import multiple_choice
+from instructlite.evaluation.report import Report
 
 TASK = "truthfulqa_small_mc1"
 LOCAL = """
-task: capitals
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 output_type: multiple_choice
 test_split: test
 doc_to_text: "{{{{question}}}}"
 doc_to_target: 0
-doc_to_choice: "{{{{[right] + wrong}}}}"
+doc_to_choice: "{{{{[best_answer] + incorrect_answers}}}}"
 metric_list: [{{metric: acc}}]
 """
 
 
 @pytest.fixture(scope="module")
 def adapters(tiny_path, tmp_path_factory):
+    """SFT, and what PPO made of it."""
     directory = tmp_path_factory.mktemp("adapters")
     base = load_base(tiny_path, dtype="float32", chat_template="chatml")
-    return {name: make_adapter(base, directory / name, seed) for seed, name in enumerate(("sft", "ppo"), 1)}
+    sft, reward = make_adapter(base, directory / "sft", 1), make_adapter(base, directory / "reward", 3, reward=True)
+    training = {"max_steps": 2, "per_device_train_batch_size": 2, "response_length": 4, "learning_rate": 1e-2}
+    return {"sft": sft, "ppo": PPORecipe(model=sft, reward=reward, data=[{"prompt": "Hi"}] * 4, training=training).run(directory / "ppo")}
 
 
 @pytest.fixture(autouse=True)
@@ -51,27 +56,37 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def direct(tiny_path, adapter, limit):
+@pytest.fixture
+def directory(tmp_path):
+    """A task of one's own: the first questions of the shipped set, without lm-eval's long opening."""
+    (tmp_path / "short.jsonl").write_text("\n".join(json.dumps(row) for row in multiple_choice()[:24]))
+    (tmp_path / "short.yaml").write_text(LOCAL.format(name="short", file=tmp_path / "short.jsonl"))
+    return tmp_path
+
+
+def direct(tiny_path, adapter, directory):
     """lm-eval as its own users call it: base and adapter by their paths."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    arguments = {"pretrained": str(tiny_path), "tokenizer": str(adapter.path), "dtype": "float32", "device": "cpu"}
+    arguments = {"pretrained": str(tiny_path), "tokenizer": str(adapter.path), "peft": str(adapter.path), "dtype": "float32"}
     return simple_evaluate(
-        "hf", arguments | {"peft": str(adapter.path)}, tasks=[shipped_tasks()[TASK]], limit=limit, batch_size=4,
-        task_manager=TaskManager(include_defaults=False),
-    )  # fmt: skip
+        "hf", arguments, tasks=["short", shipped_tasks()[TASK]], limit=24, samples=None, batch_size=4, device="cpu",
+        task_manager=TaskManager(include_defaults=False, include_path=str(directory)),
+    )["results"]  # fmt: skip
 
 
-def test_the_numbers_are_those_of_a_direct_call_of_lm_eval_with_the_adapter(tiny_path, adapters):
-    rows = benchmark(["base", adapters["sft"], adapters["ppo"]], [TASK], limit=12, batch_size=4)
+def test_the_numbers_are_those_of_a_direct_call_of_lm_eval_with_the_adapter_of_a_ppo_run(tiny_path, adapters, directory):
+    rows = benchmark(["base", adapters["sft"], adapters["ppo"]], ["short", TASK], task_directory=directory, limit=24, batch_size=4)
     assert [(row["candidate"], row["task"], row["metric"], row["n"]) for row in rows] == [
-        (name, TASK, "acc", 12) for name in ("base", "sft", "ppo")
+        (name, task, "acc", 24) for name in ("base", "sft", "ppo") for task in ("short", TASK)
     ]
-    for row in rows[1:]:
-        measured = direct(tiny_path, adapters[row["candidate"]], 12)["results"][TASK]
-        assert row["value"] == measured["acc,none"] and row["standard_error"] == pytest.approx(measured["acc_stderr,none"])
-    assert rows[0]["how"].startswith("lm-eval 0.4") and rows[0]["how"].endswith("first 12") and rows[0]["better"] == "higher"
+    measured = direct(tiny_path, adapters["ppo"], directory)
+    for row in rows[-2:]:
+        assert row["value"] == measured[row["task"]]["acc,none"]
+        assert row["standard_error"] == pytest.approx(measured[row["task"]]["acc_stderr,none"])
+    assert len({row["value"] for row in rows if row["task"] == "short"}) > 1, "the adapters make no difference: nothing is shown"
+    assert rows[0]["how"].startswith("lm-eval 0.4") and rows[0]["how"].endswith("first 24") and rows[0]["better"] == "higher"
 
 
 def test_the_shipped_task_asks_our_questions_with_the_true_answer_first():
@@ -84,29 +99,42 @@ def test_the_shipped_task_asks_our_questions_with_the_true_answer_first():
     assert task.doc_to_choice(questions[0]) == [questions[0]["best_answer"], *questions[0]["incorrect_answers"]]
 
 
-def test_ones_own_task_directory_needs_no_list_of_lm_evals_tasks(adapters, tmp_path, monkeypatch):
-    questions = [{"question": f"Capital of {place}?", "right": "yes", "wrong": ["no", "maybe"]} for place in ("Peru", "Chad")]
-    (tmp_path / "capitals.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    (tmp_path / "capitals.yaml").write_text(LOCAL.format(file=tmp_path / "capitals.jsonl"))
+def test_ones_own_task_directory_needs_no_list_of_lm_evals_tasks(adapters, directory):
     told = []
-    rows = benchmark([adapters["ppo"]], ["capitals"], task_directory=tmp_path, chat_template=True, few_shot=0, done=told.append)
-    assert [(row["task"], row["n"]) for row in rows] == [("capitals", 2)] and told == [rows]
-    assert rows[0]["how"].endswith("0-shot, chat template")
+    options = {"task_directory": directory, "chat_template": True, "few_shot": 0, "limit": 2}
+    rows = benchmark([adapters["ppo"]], ["short"], done=told.append, **options)
+    assert [(row["task"], row["n"]) for row in rows] == [("short", 2)] and told == [rows]
+    assert rows[0]["how"].endswith("0-shot, chat template, first 2")
 
 
-def test_a_task_whose_data_the_hub_would_have_is_one_line(adapters, tmp_path):
-    (tmp_path / "remote.yaml").write_text(LOCAL.format(file="x").replace("dataset_path: json", "dataset_path: nobody/nothing"))
+def test_a_task_whose_data_the_hub_would_have_is_one_line(adapters, directory):
+    path = directory / "short.yaml"
+    path.write_text(path.read_text().replace("dataset_path: json", "dataset_path: nobody/nothing"))
     with pytest.raises(InstructLiteError, match=r"^benchmark: a task's data cannot be had .*truthfulqa_small_mc1"):
-        benchmark([adapters["ppo"]], ["capitals"], task_directory=tmp_path)
+        benchmark([adapters["ppo"]], ["short"], task_directory=directory)
 
 
-def test_code_is_run_only_with_leave(adapters, tmp_path, monkeypatch):
-    (tmp_path / "code.jsonl").write_text(json.dumps({"question": "q", "right": "a", "wrong": ["b"]}))
-    (tmp_path / "code.yaml").write_text(LOCAL.format(file=tmp_path / "code.jsonl") + "unsafe_code: true\n")
+def test_code_is_run_only_with_leave(adapters, directory):
+    with (directory / "short.yaml").open("a") as file:
+        file.write("unsafe_code: true\n")
     with pytest.raises(InstructLiteError, match=r"without a sandbox; allow it with --run-code"):
-        benchmark([adapters["ppo"]], ["capitals"], task_directory=tmp_path)
-    assert len(benchmark([adapters["ppo"]], ["capitals"], task_directory=tmp_path, run_code=True)) == 1
+        benchmark([adapters["ppo"]], ["short"], task_directory=directory, limit=1)
+    assert len(benchmark([adapters["ppo"]], ["short"], task_directory=directory, limit=1, run_code=True)) == 1
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+def test_rows_take_the_place_of_earlier_ones_in_a_report(adapters, tmp_path):
+    reward = adapters["sft"].path.parent / "reward"
+    evaluate([adapters["sft"], adapters["ppo"]], [{"prompt": "Hi"}], reward, samples=1, max_new_tokens=2, output_dir=tmp_path)
+    answers = (tmp_path / "answers.jsonl").read_text()
+    row = {"candidate": "ppo", "task": "t", "metric": "acc", "better": "higher", "value": 0.5, "standard_error": 0.1, "n": 9, "how": "so"}
+    add_to_report(tmp_path, [row, {**row, "task": "u"}])
+    add_to_report(tmp_path, [{**row, "value": 0.75}])
+    assert [(row["task"], row["value"]) for row in Report.load(tmp_path).benchmarks] == [("u", 0.5), ("t", 0.75)]
+    assert (tmp_path / "answers.jsonl").read_text() == answers
+    (tmp_path / "answers.jsonl").unlink()
+    with pytest.raises(InstructLiteError, match=r"answers.jsonl: is missing"):
+        add_to_report(tmp_path, [row])
 
 
 def test_unknown_tasks_wrong_adapters_and_a_missing_package_are_one_line(adapters, tmp_path, monkeypatch, tiny_path):

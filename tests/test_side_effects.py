@@ -10,11 +10,13 @@ import pytest
 import torch
 from test_compare import make_adapter
 
+from instructlite import evaluate
 from instructlite.data.generating.completer import Answer
 from instructlite.errors import InstructLiteError
 from instructlite.evaluation import references, statistics
 from instructlite.evaluation.judges import LanguageModelJudge
 from instructlite.evaluation.prompt_sets import prompt_set
+from instructlite.evaluation.report import Report
 from instructlite.evaluation.side_effects import MEASURES, Answered, SideEffects, side_effects
 from instructlite.models.base import load_base
 from instructlite.models.roles import RoleModel
@@ -39,21 +41,21 @@ class Run:
     """Who answers and scores, in the plainest way: one candidate after the other, nothing kept."""
 
     def __init__(self, model, candidates):
-        self.model, self.candidates, self.seed = model, candidates, 0
+        self.roles, self.candidates, self.seed = model, candidates, 0
         self.reference = next((c for c in candidates if c.role), None)
 
     def prompt_ids(self, candidate, row):
-        return self.model.base.encode_prompt([*(SHOTS if candidate.kind == "few-shot" else []), *row["prompt"]])
+        return self.roles.base.encode_prompt([*(SHOTS if candidate.kind == "few-shot" else []), *row["prompt"]])
 
-    def answers_to(self, rows, sampling, samples, label):
+    def answers_to(self, rows, sampling, samples, name):
         found = {}
         for candidate in self.candidates:
             prompts = [self.prompt_ids(candidate, row) for row in rows for _ in range(samples)]
-            found[candidate.name] = generate(self.model, prompts, candidate.role, sampling)
+            found[candidate.name] = generate(self.roles, prompts, candidate.role, sampling)
         return found
 
     def log_probs_of(self, candidates, sequences, label, *, temperature=1.0):
-        found = log_probs(self.model, [candidate.role for candidate in candidates], sequences, temperature=temperature)
+        found = log_probs(self.roles, [candidate.role for candidate in candidates], sequences, temperature=temperature)
         return {candidate.name: own for candidate, own in zip(candidates, found, strict=True)}
 
 
@@ -116,7 +118,7 @@ def pick(rows, **keys):
 
 
 def texts(run, held_out, name):
-    return [run.model.base.decode(ids) for ids in held_out.answers[name]]
+    return [run.roles.base.decode(ids) for ids in held_out.answers[name]]
 
 
 def test_every_row_has_the_agreed_keys_and_a_known_measure(rows):
@@ -133,9 +135,9 @@ def test_all_intervals_hold_their_value(rows):
 
 
 def test_perplexity_of_prose_is_that_of_plain_log_probabilities(run, rows):
-    base = run.model.base
+    base = run.roles.base
     total = tokens = 0
-    with run.model.active("ppo"), torch.no_grad():
+    with run.roles.active("ppo"), torch.no_grad():
         for row in PROSE:
             ids = torch.tensor([[base.tokenizer.bos_token_id, *base.tokenizer(row["text"], add_special_tokens=False)["input_ids"]]])
             found = base.model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
@@ -150,20 +152,20 @@ def test_prose_has_no_prompt_so_that_prompting_and_best_of_n_have_no_perplexity_
 
 
 def test_perplexity_of_peoples_answers_is_what_follows_the_candidates_own_prompt(run, rows):
-    base = run.model.base
+    base = run.roles.base
     shots = run.candidates[1]
     sequences = [
         (run.prompt_ids(shots, row), base.encode_completion(row["completion"])) for row in prompt_set("", PEOPLE, answered=True).rows
     ]
-    found = torch.cat(log_probs(run.model, [None], sequences)[0])
+    found = torch.cat(log_probs(run.roles, [None], sequences)[0])
     row = pick(rows, set="demonstrations", candidate="few-shot:1", measure="perplexity")
     assert row["value"] == pytest.approx(math.exp(-found.mean()), rel=1e-4)
     assert row["value"] != pick(rows, set="demonstrations", candidate="base", measure="perplexity")["value"]
 
 
 def test_truthfulness_counts_questions_whose_best_answer_is_the_likeliest(run, rows):
-    base, right = run.model.base, 0
-    with run.model.active("sft"), torch.no_grad():
+    base, right = run.roles.base, 0
+    with run.roles.active("sft"), torch.no_grad():
         for row in TRUTH:
             scores = []
             for text in (row["best_answer"], *row["incorrect_answers"]):
@@ -195,7 +197,7 @@ def test_toxicity_of_held_out_answers_is_averaged_over_prompts(run, held_out, ro
 def test_kl_and_entropy_are_at_the_temperature_of_the_sampling(run, held_out, rows):
     prompts = [run.prompt_ids(run.candidates[3], row) for row in held_out.set.rows for _ in range(2)]
     sequences = list(zip(prompts, held_out.answers["ppo"], strict=True))
-    policy, reference = log_probs(run.model, ["ppo", "sft"], sequences, temperature=0.7)
+    policy, reference = log_probs(run.roles, ["ppo", "sft"], sequences, temperature=0.7)
     kl = [float((p - r).sum()) for p, r in zip(policy, reference, strict=True)]
     assert pick(rows, set="held-out", candidate="ppo", measure="kl")["value"] == pytest.approx(np.mean(kl), rel=1e-3)
     entropy = pick(rows, set="held-out", candidate="ppo", measure="entropy")["value"]
@@ -208,7 +210,7 @@ def test_a_prompted_base_is_scored_with_its_own_prompt_and_the_reference_with_th
     parts = []
     for who in (run.candidates[1], run.reference):
         prompts = [run.prompt_ids(who, row) for row in held_out.set.rows for _ in range(2)]
-        parts.append(log_probs(run.model, [who.role], list(zip(prompts, answers, strict=True)), temperature=0.7)[0])
+        parts.append(log_probs(run.roles, [who.role], list(zip(prompts, answers, strict=True)), temperature=0.7)[0])
     kl = [float((p - r).sum()) for p, r in zip(*parts, strict=True)]
     assert pick(rows, set="held-out", candidate="few-shot:1", measure="kl")["value"] == pytest.approx(np.mean(kl), rel=1e-3)
 
@@ -221,7 +223,7 @@ def test_best_of_n_has_no_distribution_of_its_own(rows):
 def test_references_are_compared_where_people_answered(run, rows):
     assert {row["set"] for row in rows if row["measure"] == "bleu"} == {"closed-domain", "demonstrations"}
     answers = run.answers_to(prompt_set("", PEOPLE, answered=True).rows, Sampling(8, 1.0), 1, "")["sft"]
-    said = [run.model.base.decode(ids) for ids in answers]
+    said = [run.roles.base.decode(ids) for ids in answers]
     people = [row["completion"] for row in PEOPLE]
     row = pick(rows, set="demonstrations", candidate="sft", measure="rouge_l")
     assert row["value"] == pytest.approx(references.rouge_l(said, people).mean())
@@ -268,11 +270,29 @@ def test_mauve_by_the_bases_own_states(run):
 
 def test_a_missing_scorer_is_one_line_before_anything_is_answered(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "profanity_check", None)
-    monkeypatch.setattr(run, "answers_to", None, raising=False)
+    monkeypatch.setattr(Run, "answers_to", None)
     with pytest.raises(InstructLiteError, match=r"pip install 'instructlite\[toxicity\]'"):
         side_effects(run, SideEffects(), Sampling(4))
     with pytest.raises(InstructLiteError, match="toxicity=nowhere:score"):
         side_effects(run, SideEffects(toxicity="nowhere:score"), Sampling(4))
+
+
+def test_evaluate_measures_them_where_they_are_asked_for(run, tiny_path, tmp_path):
+    base = load_base(tiny_path, dtype="float32", chat_template="chatml")
+    reward = make_adapter(base, tmp_path / "reward", 3, reward=True)
+    candidates = ["base", "few-shot:1", *(run.roles.sources[name] for name in ("sft", "ppo")), "best-of-2"]
+    options = {"demonstrations": PEOPLE, "heldout_demonstrations": PEOPLE, "reward": reward, "samples": 1, "max_new_tokens": 4}
+    report = evaluate(candidates, RED[:3], reward, side_effects=SideEffects(**SMALL, prompts=4), output_dir=tmp_path / "report", **options)
+    rows = Report.load(tmp_path / "report").side_effects
+    assert rows == report.side_effects
+    assert {row["candidate"] for row in rows} == {"base", "few-shot:1", "sft", "ppo", "best-of-2"}
+    assert {row["set"] for row in rows} == {"red-team", "closed-domain", "demonstrations", "held-out", "prose", "truthfulqa"}
+    kl = pick(rows, set="held-out", candidate="ppo", measure="kl", decoding="sampled")
+    assert kl["value"] == pytest.approx(next(row["kl"] for row in report.candidates if row["name"] == "ppo"))
+    perplexity = pick(rows, set="demonstrations", candidate="few-shot:1", measure="perplexity")["value"]
+    assert perplexity == pytest.approx(next(row["perplexity"] for row in report.candidates if row["name"] == "few-shot:1"))
+    assert pick(rows, set="held-out", candidate="ppo", measure="length", decoding="greedy")["n"] == 3
+    assert not [row for row in rows if row["candidate"] == "best-of-2" and row["decoding"] == "greedy"]
 
 
 def test_the_shipped_scorer_tells_insults_from_thanks():

@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-STAGES = ("sft", "dpo", "ppo")
-
 
 def benchmark(
     candidates: Annotated[list[str], typer.Argument(metavar="RUN|ADAPTER", help="A run, or adapters of one base; 'base' is the base.")],
@@ -22,8 +20,9 @@ def benchmark(
     """Measure adapters with lm-eval; the numbers go into the run's report."""
     run = Path(candidates[0])
     if len(candidates) == 1 and (run / "recipe.yaml").is_file():
-        candidates = ["base", *(str(run / stage) for stage in STAGES if (run / stage).is_dir())]
-        report = report or run / "report"
+        from ..evaluation.runs import in_run, policies
+
+        candidates, report = ["base", *(in_run(run, name) for name in policies(run))], report or run / "report"
     from ..training.recipe import quiet_libraries
 
     quiet_libraries()

@@ -191,8 +191,10 @@ def _code_allowed(allowed: bool) -> Iterator[None]:
 
 def add_to_report(directory: str | Path, rows: Sequence[Row]) -> None:
     """Put rows into a report's files, in place of earlier ones about the same."""
-    report = Report.load(directory)
-    report.answers = [json.loads(line) for line in (Path(directory) / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    report, answers = Report.load(directory), Path(directory) / "answers.jsonl"
+    if not answers.is_file():
+        raise InstructLiteError(f"{answers}: is missing, and the report is written with it; run instructlite evaluate first")
+    report.answers = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     about = {_about(row) for row in rows}
     report.benchmarks = [*(row for row in report.benchmarks if _about(row) not in about), *rows]
     report.save(directory)

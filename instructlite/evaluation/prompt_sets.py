@@ -49,11 +49,13 @@ def prompt_set(name: str, source: Source, *, answered: bool = False) -> PromptSe
     records = read_records(source, kind)
     return PromptSet(
         name,
-        [
-            {"prompt": row["prompt"], "completion": row.get("completion"), "category": category(Sample(row, kind, name, 0))[0]}
-            for row in records
-        ],
+        [{"prompt": row["prompt"], "completion": row.get("completion"), "category": category_in(row, kind)} for row in records],
     )
+
+
+def category_in(row: Row, kind: str) -> str:
+    """The use case that a row names, or else the likeliest one."""
+    return category(Sample(row, kind, "", 0))[0]
 
 
 def shipped(name: str) -> PromptSet:

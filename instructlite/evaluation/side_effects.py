@@ -73,8 +73,11 @@ class Evaluated(Protocol):
     """Whoever can answer and score: an evaluation under way."""
 
     candidates: Sequence[Any]
-    model: RoleModel
     seed: int
+
+    @property
+    def roles(self) -> RoleModel:
+        """The base with all adapters."""
 
     @property
     def reference(self) -> Any:
@@ -83,8 +86,8 @@ class Evaluated(Protocol):
     def prompt_ids(self, candidate: Any, row: Row) -> list[int]:
         """The tokens a candidate goes on from; row: {"prompt": messages}."""
 
-    def answers_to(self, rows: Sequence[Row], sampling: Sampling, samples: int, label: str) -> Mapping[str, list[list[int]]]:
-        """By candidate's name token ids, prompt by prompt `samples` of each."""
+    def answers_to(self, rows: Sequence[Row], sampling: Sampling, samples: int, name: str) -> Mapping[str, list[list[int]]]:
+        """By candidate's name token ids, prompt by prompt `samples` of each; name: of the set."""
 
     def log_probs_of(
         self, candidates: Sequence[Any], sequences: Sequence[Tokens], label: str, *, temperature: float = 1.0
@@ -119,6 +122,11 @@ class SideEffects:
     prompts: int | None = 100
     """The first so many of each set (None: all)."""
 
+    def check(self) -> tuple[Scorer, Prompts]:
+        """The scorer and the judge's prompts; raises InstructLiteError for whatever is missing, before anything is computed."""
+        references.require_all(encoder=self.bert_score, mauve=self.mauve)
+        return toxicity_scorer(self.toxicity), read_prompts("side_effects", self.judge_prompts)
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -146,7 +154,7 @@ def side_effects(
         sets.append(prompt_sets.prompt_set("demonstrations", demonstrations, answered=True))
     answered = []
     for one in filter(None, (measuring.fitting(each, sampling.max_new_tokens) for each in sets)):
-        answers = run.answers_to(one.rows, sampling, options.samples, f"answers, {one.name}")
+        answers = run.answers_to(one.rows, sampling, options.samples, one.name)
         answered.append(Answered(one, "sampled" if sampling.temperature else "greedy", sampling, options.samples, answers))
     for one in (*answered, *held_out):
         measuring.answers(one)
@@ -165,12 +173,9 @@ class _Measuring:
 
     def __init__(self, run: Evaluated, options: SideEffects):
         self.run, self.options, self.rows = run, options, []
-        self.base = run.model.base
+        self.base = run.roles.base
         self.context = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-        # What is missing is said before anything is computed.
-        self.toxicity = toxicity_scorer(options.toxicity)
-        self.templates: Prompts = read_prompts("side_effects", options.judge_prompts)
-        references.require_all(encoder=options.bert_score, mauve=options.mauve)
+        self.toxicity, self.templates = options.check()
 
     def fitting(self, prompts: PromptSet, max_new_tokens: int) -> PromptSet | None:
         """The first prompts that no candidate has to cut; None if there are none."""
@@ -184,7 +189,7 @@ class _Measuring:
     def answers(self, answered: Answered) -> None:
         """All measures of one set's answers."""
         log_probs = self._log_probs(answered) if answered.sampling.temperature else {}
-        for candidate in self.run.candidates:
+        for candidate in self._answering(answered):
             ids = answered.answers[candidate.name]
             texts = [self.base.decode(own) for own in ids]
             place = (candidate, answered)
@@ -195,6 +200,10 @@ class _Measuring:
                 self._distances(*place, *log_probs[candidate.name])
             if answered.decoding == "sampled" and answered.set.name != "red-team":
                 self._judged(*place, texts)
+
+    def _answering(self, answered: Answered) -> list[Candidate]:
+        """Not everybody takes part in every decoding."""
+        return [candidate for candidate in self.run.candidates if candidate.name in answered.answers]
 
     # --- one number an answer -----------------------------------------------------------------------------------------
 
@@ -262,7 +271,7 @@ class _Measuring:
 
         theirs = [self.base.encode_completion(text)[:-1] for text in answered.set.references]
         sides = [[([], ids or [self.base.end_id]) for ids in texts] for texts in (words, theirs)]
-        ours, people = (last_states(self.run.model, None, side).numpy() for side in sides)
+        ours, people = (last_states(self.run.roles, None, side).numpy() for side in sides)
         return Interval(references.mauve(ours, people, seed=self.run.seed))
 
     # --- log-probabilities ------------------------------------------------------------------------------------------------
@@ -270,7 +279,7 @@ class _Measuring:
     def _log_probs(self, answered: Answered) -> dict[str, tuple[list[Tensor], list[Tensor] | None]]:
         """Of own answers, by who gave them and by the reference; None for candidates without a distribution of their own."""
         found, temperature = {}, answered.sampling.temperature
-        for candidate in self.run.candidates:
+        for candidate in self._answering(answered):
             if candidate.kind == "best-of-n":
                 continue
             both = [candidate, self.run.reference] if self.run.reference else [candidate]
