@@ -176,6 +176,8 @@ def test_judges_of_a_run_are_stages_or_language_models(run_cli, evaluated, monke
     assert (reward, model.name) == (str(evaluated.run / "judge"), "m")
     assert model.completions.cache.path == evaluated.run / "report" / "verdicts.sqlite"
     assert evaluated.given["ratings"] == ["likert"]
+    run_cli("evaluate", evaluated.run, *judged, "--max-requests", "7")
+    assert evaluated.given["judge"][1].completions.budget.max_requests == 7
 
 
 def test_blind_votes_of_a_run_are_counted_where_they_are_wanted(run_cli, evaluated):

@@ -541,6 +541,16 @@ def test_a_language_model_at_an_endpoint_judges_and_is_judged_and_is_asked_once(
     assert Report.load(tmp_path).judges == found.judges
 
 
+def test_a_language_model_in_memory_that_says_nothing_usable_wins_nobody_anything(runs, tmp_path):
+    found = evaluate(
+        ["base", runs / "sft"], PROMPTS[:1], [f"llm:{runs / 'ppo'}"], greedy=False, output_dir=tmp_path, max_new_tokens=4
+    )
+    (win,) = found.win_rates
+    assert (win["judge"], win["rate"], win["missing"], win["gain"]) == ("ppo", None, 2, None)
+    assert found.strengths == [] and found.agreement is None and (found.rewards, found.sharpening) == ([], None)
+    assert row(found.candidates, name="sft")["mean_reward"] is None
+
+
 def test_an_ensemble_judges_by_the_mean_of_its_members(wide):
     for entry in wide.answers:
         scores = [answer["scores"] for answer in entry["answers"]]

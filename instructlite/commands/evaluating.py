@@ -44,6 +44,9 @@ def evaluate(
     votes: Annotated[bool, typer.Option("--votes", help="Of a run: count people's blind votes (votes.sqlite) as a judge.")] = False,
     side_effects: Annotated[bool, typer.Option("--side-effects", help="Measure toxicity, truth, repetition … (--full does).")] = False,
     key_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Where an endpoint's key is.")] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Ask each language model no more often, earlier answers included; the rest is missing.", min=1)
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
 ) -> None:
@@ -70,7 +73,7 @@ def evaluate(
         **({} if prompts is None else {"data": prompts}),
     }
     output = output or run / "report"
-    judges = judge and [_judge(one, output, key_env) for one in judge]
+    judges = judge and [_judge(one, output, key_env, max_requests) for one in judge]
     if is_run:
         from ..evaluation.runs import all_candidates, evaluate_run
 
@@ -86,10 +89,13 @@ def evaluate(
     print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
 
 
-def _judge(name: str, output: Path, key_env: str | None) -> "str | LanguageModelJudge":
-    from ..evaluation.judges import LANGUAGE_MODEL, language_model
+def _judge(name: str, output: Path, key_env: str | None, max_requests: int | None) -> "str | LanguageModelJudge":
+    from ..data.generating.completer import Budget
+    from ..evaluation.judges import LANGUAGE_MODEL, VERDICTS, language_model
 
-    return language_model(name, output / "verdicts.sqlite", key_env=key_env) if name.startswith(LANGUAGE_MODEL) else name
+    if not name.startswith(LANGUAGE_MODEL):
+        return name
+    return language_model(name, output / VERDICTS, budget=Budget(max_requests=max_requests), key_env=key_env)
 
 
 def _votes(run: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from ..progress import Advance, progress
 from . import statistics
 from .candidates import Candidate, Model, Prompting, candidates_of
 from .curves import training_of
-from .judges import ACCURACY, SCALES, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
+from .judges import ACCURACY, SCALES, VERDICTS, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
 from .judging import Decoding, Judging, Match, flat
 from .kept import FILE, Asked, Kept, KeptModel
 from .metrics import distinct, kl_per_answer, perplexity, repeated
@@ -39,7 +39,6 @@ from .side_effects import side_effects as measure_side_effects
 
 SHOWN_LOSSES, SHOWN_OTHERS = 4, 4
 MOST_COMPARISONS = 200  # of people, that a language model is asked about in both orders
-VERDICTS = "verdicts.sqlite"  # what language models said
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..data.generating import pairwise
-from ..data.generating.completer import Completions, Endpoint, Messages, Request
+from ..data.generating.completer import Budget, Completions, Endpoint, Messages, Request
 from ..data.generating.pairwise import Pair, Verdicts, verdict_in
 from ..data.generating.templates import Prompts, read_prompts, transcript
 from ..errors import InstructLiteError
@@ -172,19 +172,22 @@ Judge = RewardJudge | LanguageModelJudge | People
 
 
 LANGUAGE_MODEL = "llm:"
+VERDICTS = "verdicts.sqlite"
+"""Where, beside a report, what language models said is kept."""
 
 
-def language_model(spelled: str, cache: str | Path | None, **options: Any) -> LanguageModelJudge:
+def language_model(spelled: str, cache: str | Path | None, *, budget: Budget | None = None, **options: Any) -> LanguageModelJudge:
     """The judge that "llm:MODEL@URL" names, an OpenAI-compatible endpoint ("llm:MODEL@openai": OpenAI's), or "llm:MODEL", in memory.
 
-    cache: the file where its answers are kept. options: of the Endpoint.
+    cache: the file where its answers are kept. budget: what may be spent; pairs that are then not asked are missing, the headline's last.
+    options: of the Endpoint.
     """
     model, at, url = spelled.removeprefix(LANGUAGE_MODEL).rpartition("@")
     if at and (url == "openai" or "://" in url):
-        return LanguageModelJudge.of(Completions(Endpoint(model, None if url == "openai" else url, **options), cache))
+        return LanguageModelJudge.of(Completions(Endpoint(model, None if url == "openai" else url, **options), cache, budget))
     from ..models.completer import LocalCompleter  # an endpoint judges without torch
 
-    return LanguageModelJudge.of(Completions(LocalCompleter.load(spelled.removeprefix(LANGUAGE_MODEL)), cache))
+    return LanguageModelJudge.of(Completions(LocalCompleter.load(spelled.removeprefix(LANGUAGE_MODEL)), cache, budget))
 
 
 def judges_of(given: Any, cache: str | Path | None = None) -> list[RewardJudge | LanguageModelJudge]:

@@ -296,7 +296,7 @@ class Report:
         )
         prompt = "<br>".join(f"*{turn['role']}:* {escape(_shorten(turn['content']))}" for turn in entry["prompt"])
         shown = [_find(entry["answers"], candidate=c["name"], decoding="sampled", sample=row["sample"]) for c in self.candidates]
-        header = [f"{answer['candidate']} ({judge}: {_number(answer['scores'][judge], 2)})" for answer in shown]
+        header = [f"{answer['candidate']} ({judge}: {_number(answer['scores'].get(judge), 2)})" for answer in shown]
         texts = [_shorten(answer["text"]) + ("" if answer["ended"] else CUT) for answer in shown]
         return f"**Prompt {row['prompt'] + 1}**, {escape(why)}\n\n{prompt}\n\n{markdown_table(header, [texts])}"
 
