@@ -16,7 +16,7 @@ def evaluate(
     prompts: Annotated[Path | None, typer.Option(help="Held-out prompts (JSONL).", show_default="the run's")] = None,
     judge: Annotated[str | None, typer.Option(help="A reward adapter that PPO did not see.", show_default="the run's")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where report.html, report.md and report.json go.", show_default="RUN/report")] = None,
 ) -> None:
     """Write the report of a run anew, or compare adapters of one base."""
     from ..commands.running import run_stages
@@ -40,4 +40,4 @@ def evaluate(
 
     options = {} if samples is None else {"samples": samples}
     print(compare(candidates, data=prompts, judge=judge, output_dir=output, **options))
-    print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
+    print(f"\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
