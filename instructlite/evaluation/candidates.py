@@ -7,7 +7,6 @@ another candidate's), and paths, Adapters or Hub repositories.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InstructLiteError
-from ..models.manifest import Adapter, is_adapter
+from ..models.manifest import Adapter, is_adapter, unused
 
 Model = str | Path | Adapter
 Messages = list[dict[str, str]]
@@ -128,11 +127,6 @@ def _drawing(candidate: Candidate, others: Sequence[Candidate]) -> Candidate:
             f"{candidate.name}: {candidate.of or 'an adapter'} is not among the candidates that it can draw from: {among}"
         )
     return replace(candidate, adapter=wanted[0].adapter, role=wanted[0].role, of=wanted[0].name)
-
-
-def unused(name: str, taken: Sequence[str]) -> str:
-    """The name, or "name-2" where it is taken, and so on."""
-    return next(new for number in itertools.count(1) if (new := name if number == 1 else f"{name}-{number}") not in taken)
 
 
 @dataclass
