@@ -57,7 +57,7 @@ class Decoding:
 
 
 def evaluate(
-    candidates: Model | Sequence[Model],
+    candidates: Model | Sequence[Model] | Mapping[str, Model],
     data: Source,
     judge: Model | Sequence[Model] | Mapping[str, Model],
     *,
@@ -76,7 +76,7 @@ def evaluate(
 
     candidates: adapters, their directories or Hub repositories (user/repo, user/repo/sft), and "base". Their order counts: the
     first adapter is the KL's reference (SFT, usually), the last candidate is the one that the report's first words are about. The
-    last part of each gives the name.
+    last part of each gives the name, unless they are given as {name: adapter}.
     data: the prompts; other records that have a prompt serve too. `prompts`: the first so many different ones (None: all).
     judge: a reward adapter, best one that PPO was not trained on. Of several, or of {name: adapter}, the first leads.
     samples: answers to each prompt at `temperature`; `greedy` adds one without chance. max_prompt_length: in tokens; longer
@@ -307,17 +307,19 @@ class Comparison:
         return {"prompt": self.prompts[number][0], "answers": answers}
 
 
-def _candidates(given: Model | Sequence[Model]) -> list[Candidate]:
-    members = [member if member == "base" else Adapter.load(member) for member in _listed(given)]
+def _candidates(given: Model | Sequence[Model] | Mapping[str, Model]) -> list[Candidate]:
+    listed = list(given.values()) if isinstance(given, Mapping) else _listed(given)
+    members = [member if member == "base" else Adapter.load(member) for member in listed]
     if not members:
         raise InstructLiteError('candidates: there are none; pass adapters, "base", or both')
     for member in members:
         if member != "base" and member.role != "policy":
             raise InstructLiteError(f"{member}: a {member.role} adapter cannot answer; pass adapters of SFT or PPO as candidates")
+    names = list(given) if isinstance(given, Mapping) else _names(members)
     # Roles have names of their own: PEFT takes no dots in them, torch no names of its own methods ("train", "eval").
     return [
         Candidate(name, None, None) if member == "base" else Candidate(name, member, f"candidate{number}")
-        for number, (name, member) in enumerate(zip(_names(members), members, strict=True))
+        for number, (name, member) in enumerate(zip(names, members, strict=True))
     ]
 
 
