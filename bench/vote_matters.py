@@ -1,12 +1,12 @@
 """Do votes change the policy? A voter who likes one property of answers votes, a round is run, and the property is counted again.
 
-    python bench/vote_matters.py RUN [KEY=VALUE ...] [--votes 60] [--likes you] [--output DIRECTORY] [--json FILE]
+    python bench/vote_matters.py RUN [KEY=VALUE ...] [--votes 60] [--likes NAME] [--output DIRECTORY] [--json FILE]
 
-RUN is a directory that `instructlite run` or `instructlite demo` wrote; it is copied to the output directory and not touched. The voter sees
-what a person in the app would see, through the same store: answers in an order of his own without names. Where some answers have the
-property and others do not, the former are better; else he says that they tie. After so many votes that were no ties, the round goes on as
-`instructlite round` does. The share of answers with the property is then measured on held-out prompts, for SFT, the last policy and the
-new one, in the same batches; differences come with 95 % intervals by bootstrap over prompts.
+RUN is a directory that `instructlite run` or `instructlite demo` wrote; it is copied to the output directory and not touched. The voter
+sees what a person in the app would see, through the same store: answers in an order of his own, without names. Where some answers have
+the property and others do not, the former are better; else he says that they tie. After so many votes that were no ties the round goes
+on as `instructlite round` does. The share of answers with the property is then measured on held-out prompts, for SFT, the last policy and
+the new one, in the same batches; differences come with 95 % intervals by bootstrap over prompts.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import recording
 
+from instructlite.data.records import read_records, write_records
 from instructlite.evaluation import statistics
 from instructlite.feedback.ballots import Ballot
 from instructlite.feedback.queue import choose
@@ -35,8 +36,18 @@ PROPERTIES: dict[str, Callable[[str], bool]] = {
 }
 WORDS = {"you": "speaks to the reader (you, your)", "question": "ends in a question", "exclamation": "ends in an exclamation mark"}
 # What 60 votes can be learnt from in minutes on two cores: few old comparisons, each vote twice, 8 rollouts, a short report.
-SETTINGS = ("round.answers=6", "round.replay=120", "round.vote_weight=2", "ppo.training.max_steps=64", "evaluation.samples=4",
-            "evaluation.greedy=false")  # fmt: skip
+SETTINGS = {
+    "round.prompt_limit": 140, "round.answers": 6, "round.replay": 100, "round.vote_weight": 2, "ppo.training.max_steps": 64,
+    "evaluation.samples": 4, "evaluation.greedy": "false",
+}  # fmt: skip
+
+
+def fresh_prompts(run: Path, characters: int) -> list[dict]:
+    """Prompts of the run's comparisons that PPO has not trained on: to those its answers have grown alike, so that there is no choice."""
+    known = {json.dumps(row["prompt"]) for row in read_records(str(run / "data" / "prompts.jsonl"))}
+    prompts = [row["prompt"] for row in read_records(str(run / "data" / "reward.jsonl"))]
+    short = {json.dumps(prompt): {"prompt": prompt} for prompt in prompts if sum(len(turn["content"]) for turn in prompt) <= characters}
+    return [row for key, row in short.items() if key not in known]
 
 
 def cast(run: Path, wanted: int, likes: Callable[[str], bool]) -> dict[str, int]:
@@ -78,7 +89,7 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
     return {"mean": mean.value, "low": mean.low, "high": mean.high}
 
 
-def measured(source: Path, output: Path, overrides: list[str], wanted: int, name: str) -> dict[str, Any]:
+def measured(source: Path, output: Path, overrides: list[str], wanted: int, name: str, characters: int) -> dict[str, Any]:
     """One round: settings, votes, shares and times."""
     likes, start, seconds = PROPERTIES[name], time.perf_counter(), {}
 
@@ -88,7 +99,12 @@ def measured(source: Path, output: Path, overrides: list[str], wanted: int, name
     if output.exists():
         raise SystemExit(f"{output}: exists; remove it, or name another place with --output")
     shutil.copytree(source, output, ignore=shutil.ignore_patterns("rounds", "votes.sqlite*", "*.partial", "lock", "owner.json"))
-    options = [*SETTINGS, *overrides]
+    write_records(output / "data" / "fresh_prompts.jsonl", fresh_prompts(output, characters))
+    options = [
+        f"round.prompts={output / 'data' / 'fresh_prompts.jsonl'}",
+        *(f"{key}={value}" for key, value in SETTINGS.items()),
+        *overrides,
+    ]
     run_round(output, options, isolate=True, say=lambda line: print(line, flush=True))
     lap("answers")
     cast_votes = cast(output, wanted, likes)
@@ -114,14 +130,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options over the run's recipe and this program's settings")
     parser.add_argument("--votes", type=int, default=60, help="votes that are no ties (default: %(default)s)")
     parser.add_argument("--likes", choices=PROPERTIES, default="you", help="what the voter likes (default: %(default)s)")
+    parser.add_argument("--characters", type=int, default=300, help="longest prompt (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/vote-matters"), help="where the copy goes (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, shares and intervals")
     args = parser.parse_args()
     quiet_libraries()
-    result = measured(args.run, args.output, args.overrides, args.votes, args.likes)
-    print(
-        f"\nanswers to {result['held_out_prompts']} held-out prompts that {result['property'].partition(' (')[0]}, after {args.votes} votes:"
-    )
+    result = measured(args.run, args.output, args.overrides, args.votes, args.likes, args.characters)
+    print(f"\n{result['property']}: share of the answers to {result['held_out_prompts']} held-out prompts")
     for name, row in {**result["share"], **result["difference"]}.items():
         print(f"  {name:16} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]")
     print(f"seconds: {result['seconds']}")
