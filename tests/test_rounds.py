@@ -15,9 +15,11 @@ from instructlite.errors import BadRecords, InstructLiteError
 from instructlite.feedback import drawing, voting
 from instructlite.feedback.ballots import Ballot
 from instructlite.feedback.store import Store
+from instructlite.models.completer import load_scorer
 from instructlite.models.manifest import Adapter
 from instructlite.pipeline import in_this_process, run_loop
 from instructlite.rounds import Judge, run_round
+from instructlite.training.reward import right_pairs
 
 WORDS = ("yes", "no", "maybe", "so", "well", "oh", "ah", "eh", "hm", "ha", "ho", "hi")
 RECIPE = """
@@ -34,11 +36,15 @@ round: {{answers: 3, max_new_tokens: 6, batch_size: 6}}
 """
 
 
-def likes_length(prompts, completions, **rest):
-    return [len(text) for text in completions]
+def letters(text: str) -> int:
+    return sum(map(str.isalpha, text))
 
 
-LENGTH = Judge(f"{__name__}:likes_length")
+def likes_letters(prompts, completions, **rest):
+    return [letters(text) for text in completions]
+
+
+LETTERS = Judge(f"{__name__}:likes_letters")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +68,13 @@ def state(run: Path, number: int = 1) -> dict:
     return json.loads((run / "rounds" / f"{number:02d}" / "round.json").read_text())
 
 
-def vote_longest(run: Path, voter: str = "ann") -> None:
+def vote(run: Path, voter: str = "ann") -> None:
     store = Store(run, votes_per_minute=None)
     key = store.voter(name=voter).key
     for row in store.waiting(key):
         showing = store.show(row.item, key)
-        longest = max(map(len, showing.answers))
-        store.vote(showing.ticket, key, Ballot(tuple(int(len(text) < longest) for text in showing.answers)))
+        most = max(map(letters, showing.answers))
+        store.vote(showing.ticket, key, Ballot(tuple(int(letters(text) < most) for text in showing.answers)))
     store.close()
 
 
@@ -77,7 +83,7 @@ def test_a_round_waits_for_votes_then_learns_and_the_next_one_starts_from_its_po
     waiting = run_round(run)
     assert waiting.report is None
     assert (waiting.votes, waiting.wanted) == (0, len(state(run)["items"]))
-    vote_longest(run)
+    vote(run)
     first = run_round(run)
     assert first.report is not None
     assert state(run)["votes"]["used"] == waiting.wanted
@@ -87,7 +93,7 @@ def test_a_round_waits_for_votes_then_learns_and_the_next_one_starts_from_its_po
     assert [row["b"] for row in state(run)["metrics"]["win_rates"]][:2] == ["sft", "ppo"]
     assert (first.directory / "report" / "report.md").is_file()
 
-    second = run_round(run, judge=LENGTH)
+    second = run_round(run, judge=LETTERS)
     assert second.number == 2
     assert Adapter.load(second.directory / "ppo").manifest.parents["policy"] == ppo.sha256
     assert Adapter.load(second.directory / "reward").manifest.parents["reward"] == reward.sha256
@@ -103,15 +109,28 @@ def answers_of(directory: Path) -> list[dict]:
     return [answer for line in lines for answer in json.loads(line)["answers"]]
 
 
+def right(run: Path, reward: Path) -> float:
+    """How many pairs of the votes a reward adapter orders as the voter did."""
+    groups = read_records(str(run / "rounds" / "01" / "data" / "votes.jsonl"))
+    scores = load_scorer(reward)
+    by_group = [scores([(row["prompt"], text) for text in row["responses"]]) for row in groups]
+    found, pairs = right_pairs(by_group, groups)
+    return found / pairs
+
+
 def test_what_is_voted_for_becomes_the_better_answer_to_the_reward_model(run):
-    run_round(run, judge=LENGTH, overrides=["round.replay=2", "round.vote_weight=2"])
+    learning = ["reward.training.max_steps=40", "reward.training.learning_rate=1e-2"]
+    run_round(run, [*learning, "round.replay=2", "round.vote_weight=2"], judge=LETTERS)
     data = run / "rounds" / "01" / "data"
     votes, trained = read_records(str(data / "votes.jsonl")), read_records(str(data / "reward.jsonl"))
     for row in votes:
         best = [text for text, rank in zip(row["responses"], row["ranks"], strict=True) if rank == min(row["ranks"])]
-        assert {len(text) for text in best} == {max(map(len, row["responses"]))}
+        assert {letters(text) for text in best} == {max(map(letters, row["responses"]))}
     assert trained[: len(votes)] == trained[len(votes) : 2 * len(votes)] == votes
     assert len(trained) == 2 * len(votes) + 2
+    before, after = right(run, run / "reward"), right(run, run / "rounds" / "01" / "reward")
+    assert after > max(0.9, before)
+    assert abs(state(run)["votes"]["reward_agreement"] - before) < 1e-6, "measured before it learnt from them"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +142,7 @@ def test_what_is_killed_anywhere_goes_on(run, made, tmp_path, monkeypatch, where
     whole = tmp_path / "whole"
     shutil.copytree(made, whole)
     options = ["round.max_new_tokens=4"]
-    run_round(whole, options, judge=LENGTH)
+    run_round(whole, options, judge=LETTERS)
     if name == "put_up":
         where = drawing
     original, calls = getattr(where, name), []
@@ -136,9 +155,9 @@ def test_what_is_killed_anywhere_goes_on(run, made, tmp_path, monkeypatch, where
 
     monkeypatch.setattr(where, name, killed)
     with pytest.raises(KeyboardInterrupt):
-        run_round(run, options, judge=LENGTH)
+        run_round(run, options, judge=LETTERS)
     monkeypatch.setattr(where, name, original)
-    result = run_round(run, judge=LENGTH)  # the options are kept for the round
+    result = run_round(run, judge=LETTERS)  # the options are kept for the round
     assert result.number == 1
     for file in ("data/answers.jsonl", "data/votes.jsonl", "data/reward.jsonl"):
         assert (result.directory / file).read_bytes() == (whole / "rounds" / "01" / file).read_bytes()
@@ -212,7 +231,7 @@ def test_votes_that_teach_nothing_stop_the_round_and_it_can_go_on(run):
         store.vote(showing.ticket, key, Ballot.tie(len(showing.answers)))
     with pytest.raises(InstructLiteError, match="nothing can be learnt from these"):
         run_round(run)
-    vote_longest(run)
+    vote(run)
     assert run_round(run).report is not None
 
 
@@ -222,7 +241,7 @@ def test_waiting_ends_when_the_votes_are_there(run, monkeypatch):
 
     def sleep(seconds):
         slept.append(seconds)
-        vote_longest(run)
+        vote(run)
 
     monkeypatch.setattr(rounds.time, "sleep", sleep)
     assert run_round(run, wait=True).report is not None
@@ -236,8 +255,6 @@ def test_a_reward_adapter_judges_as_it_scores(run):
     assert len(votes) == len(state(run)["items"])
     score = voting.by_score(lambda pairs: [float(len(text)) for _, text in pairs])
     assert score([([], ("a", "ccc", "bb", "dd"))]) == [[2, 0, 1, 1]]
-    from instructlite.models.completer import load_scorer
-
     scorer = load_scorer(run / "judge")
     for vote in votes:
         scores = scorer([(vote.prompt, answer.text) for answer in vote.answers])
@@ -252,20 +269,12 @@ def test_a_judge_that_is_none_is_one_line(run):
             rounds.cast_by(run, state(run)["items"], Judge(who))
 
 
-def test_the_agreement_of_the_last_reward_model_is_that_with_the_voters(run):
-    run_round(run)
-    rounds.cast_by(run, state(run)["items"], Judge(str(run / "reward")))
-    found = rounds.agreement(Store(run).votes())
-    assert found["reward_agreement"] > 0.95
-    assert found["reward_pairs"] > 0
-
-
 def test_the_command_says_how_to_vote_and_how_to_go_on(run, monkeypatch):
     monkeypatch.setattr(rounds, "in_own_process", lambda function, *args, interruption: in_this_process(function, *args))
     shown = CliRunner().invoke(app, ["round", str(run), "round.prompt_limit=2"])
     assert shown.exit_code == 0
     assert f"0 of 2 votes are there. To vote: instructlite app {run}\n" in shown.output
     assert f"instructlite round {run}\n" in shown.output
-    shown = CliRunner().invoke(app, ["round", str(run), "--judge", LENGTH.who])
+    shown = CliRunner().invoke(app, ["round", str(run), "--judge", LETTERS.who])
     assert shown.exit_code == 0
     assert "Round 1 is in" in shown.output

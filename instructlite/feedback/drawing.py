@@ -91,7 +91,7 @@ def _batch(model: RoleModel, judges: dict[str, Adapter], batch: list[tuple[dict,
             text = model.base.decode(ids)
             said = {"text": text, "tokens": len(ids), "ended": ids[-1] in model.base.stop_ids}
             if text.strip():
-                answers.setdefault(text, said | {"scores": dict(zip(names, given, strict=True))})
+                answers.setdefault(text.strip(), said | {"scores": dict(zip(names, given, strict=True))})
         category = record.get("category")
         lines.append(
             {"prompt": record["prompt"], "category": category if isinstance(category, str) else None, "answers": [*answers.values()]}
