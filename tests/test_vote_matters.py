@@ -41,8 +41,9 @@ def test_sixty_votes_for_a_property_make_it_more_frequent(tiny_path, tmp_path, m
     monkeypatch.setitem(vote_matters.PROPERTIES, "vowel", lambda text: any(letter in "aeiou" for letter in text.lower()))
     monkeypatch.setitem(vote_matters.WORDS, "vowel", "has a vowel")
     before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    result = vote_matters.measured(run, tmp_path / "copy", ["round.prompt_limit=130"], 60, "vowel", 300)
-    assert result["votes"] == 60
-    difference = result["difference"]["round-1 - ppo"]
-    assert difference["low"] > 0, json.dumps(result["share"])
+    result = vote_matters.measured(run, tmp_path / "copy", ["round.prompt_limit=130"], 60, "vowel", 300, control=True)
+    assert result["likes"]["votes"] == result["coin"]["votes"] == 60
+    difference = result["likes"]["difference"]["round-1 - ppo"]
+    assert difference["low"] > 0, json.dumps(result["likes"]["share"])
+    assert result["difference_to_coin"]["low"] > 0, "more PPO alone would not have done it"
     assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, "the run is not touched"

@@ -53,7 +53,7 @@ def draw_answers(path: Path, prompts: Path, policy: Path, reward: Path, drawing:
     with progress("round: answers", len(rows), done) as advance, path.open("a", encoding="utf-8") as file:
         for start in range(done, len(rows), size):
             batch = rows[start : start + size]
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _batch(model, judges, batch, drawing, start))
+            file.writelines(json.dumps(line) + "\n" for line in _batch(model, judges, batch, drawing, start))
             file.flush()
             os.fsync(file.fileno())
             advance(len(batch))
@@ -81,14 +81,16 @@ def _batch(model: RoleModel, judges: dict[str, Adapter], batch: list[tuple[dict,
     prompts = [ids for _, ids in batch for _ in range(drawing.answers)]
     sampling = Sampling(drawing.max_new_tokens, drawing.temperature)
     drawn = generate(model, prompts, "policy", sampling, seed=1_000_003 * drawing.seed + start, batch_size=len(prompts))
-    scores = score(model, list(judges), list(zip(prompts, drawn, strict=True)), batch_size=len(prompts)).tolist()
+    texts = [model.base.decode(ids) for ids in drawn]
+    # As the text that is voted on, which ends: not as the tokens of one that was cut off.
+    sequences = [(prompt, model.base.encode_completion(text)) for prompt, text in zip(prompts, texts, strict=True)]
+    scores = score(model, list(judges), sequences, batch_size=len(prompts)).tolist()
     names = [f"reward {adapter.sha256[:8]}" for adapter in judges.values()]
-    found = iter(zip(drawn, *scores, strict=True))
+    found = iter(zip(drawn, texts, *scores, strict=True))
     lines = []
     for record, _ in batch:
         answers: dict[str, dict] = {}
-        for ids, *given in islice(found, drawing.answers):
-            text = model.base.decode(ids)
+        for ids, text, *given in islice(found, drawing.answers):
             said = {"text": text, "tokens": len(ids), "ended": ids[-1] in model.base.stop_ids}
             if text.strip():
                 answers.setdefault(text.strip(), said | {"scores": dict(zip(names, given, strict=True))})
