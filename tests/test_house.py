@@ -26,6 +26,7 @@ LAYERS = {
     "sharing": 5,
     "planning": 5,
     "pipeline": 6,
+    "rounds": 6,
     "commands": 7,
     "cli": 8,
     "__main__": 8,

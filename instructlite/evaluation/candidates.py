@@ -11,7 +11,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -78,12 +78,13 @@ class Candidate:
         return {**named, "seconds": record["seconds"], "peak_rss_mb": record.get("peak_rss_mb"), "tokens": tokens}
 
 
-def candidates_of(given: Model | Sequence[Model]) -> list[Candidate]:
-    """Candidates from what a user may give, in that order, each under a name of its own.
+def candidates_of(given: Model | Sequence[Model] | Mapping[str, Model]) -> list[Candidate]:
+    """Candidates from what a user may give, in that order, each under a name of its own, or under that of {name: candidate}.
 
     Raises InstructLiteError for reward adapters, and for a best-of-n of nobody.
     """
-    listed = [given] if isinstance(given, (str, Path, Adapter)) else list(given)
+    named = dict(given) if isinstance(given, Mapping) else {}
+    listed = [given] if isinstance(given, (str, Path, Adapter)) else list(named.values() or given)
     if not listed:
         raise InstructLiteError('candidates: there are none; pass adapters, "base", or both')
     found: list[Candidate] = []
@@ -91,7 +92,7 @@ def candidates_of(given: Model | Sequence[Model]) -> list[Candidate]:
     for number, one in enumerate(listed):
         candidate = _candidate(one, f"candidate{number}")
         names = [other.name for other in found]
-        found.append(replace(candidate, name=unused(candidate.name, names)))
+        found.append(replace(candidate, name=[*named][number] if named else unused(candidate.name, names)))
     return [_drawing(candidate, found) if candidate.kind == "best-of-n" else candidate for candidate in found]
 
 

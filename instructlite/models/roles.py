@@ -77,15 +77,19 @@ class RoleModel(PeftModelForCausalLM):
         rewards: Adapter | Mapping[str, Adapter] | None = None,
         *,
         value_from: Literal["sft", "reward"] = "sft",
+        reference: Adapter | None = None,
     ) -> RoleModel:
         """The roles of PPO: policy, reference (a copy of the SFT adapter; none for a fresh LoRA: then the base), value, reward.
+
+        reference: another adapter than the one that the policy starts from.
 
         rewards: several by role, or one as the role `reward`. value_from: "sft" copies the policy's adapter and starts at
         V = 0; "reward" copies adapter and head of the (first) reward model, as InstructGPT did.
         """
         rewards = {"reward": rewards} if isinstance(rewards, Adapter) else dict(rewards or {})
-        model = cls.load(base, {"policy": policy, **rewards})
-        if isinstance(policy, Adapter):
+        held_to = {"reference": reference} if reference else {}
+        model = cls.load(base, {"policy": policy, **held_to, **rewards})
+        if isinstance(policy, Adapter) and reference is None:
             model.copy_role("policy", "reference")
         model.copy_role("policy" if value_from == "sft" else next(iter(rewards)), "value")
         if value_from == "sft":

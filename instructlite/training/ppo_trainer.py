@@ -399,7 +399,7 @@ class PPOTrainer(Checkpointing, Trainer):
         if not fitted:
             self._rescale_value_head(model, rollout)
         metrics = self._assign_advantages(rollout)
-        if cycle == 0:
+        if cycle == 0 and "reference" not in model.sources:
             check_reference(metrics["objective/kl_k3"], model.base.dtype)
         metrics |= self.health.watch(rollout, self._reduce, self.accelerator.gather)
         metrics |= self.health.look(cycle, metrics)

@@ -70,7 +70,15 @@ HARMLESS = {
     "disable_tqdm", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "report_to", "run_name",
     "save_steps", "save_strategy", "save_total_limit",
 }  # fmt: skip
-SOURCES = {"model", "reward", "data", "eval_data", "demonstrations", "ptx_data"}  # compared by what they hold, not by where that is
+SOURCES = {
+    "model",
+    "reference",
+    "reward",
+    "data",
+    "eval_data",
+    "demonstrations",
+    "ptx_data",
+}  # compared by what they hold, not by where that is
 SAVING_SHARE = 0.01  # where the user has not said when to save: a kill costs about a hundred times what a save takes
 
 
@@ -414,13 +422,14 @@ def training_metrics(trainer: Trainer) -> dict[str, float]:
     }
 
 
-def parent_of(model: Any, role: str = "policy") -> Adapter | None:
+def parent_of(model: Any, *, roles: tuple[str, ...] = ("policy",)) -> Adapter | None:
     """The adapter that `model` is, or None for a base; refuses one of another role."""
     if not is_adapter(model):
         return None
     adapter = Adapter.load(model)
-    if adapter.role != role:
-        raise InstructLiteError(f"model={adapter}: a {adapter.role} adapter; this stage starts from a {role} adapter or a base model")
+    if adapter.role not in roles:
+        wanted = " or ".join(roles)
+        raise InstructLiteError(f"model={adapter}: a {adapter.role} adapter; this stage starts from a {wanted} adapter or a base model")
     return adapter
 
 
