@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import data, evaluating, planning, pushing, running, votes
+from .commands import data, evaluating, planning, pushing, running, serving, votes
 from .errors import BadRecords, InstructLiteError
 from .training.interrupt import Interruption
 from .training.work import is_main_process, launched
@@ -29,6 +29,8 @@ app.add_typer(votes.app, name="votes")
 app.command()(evaluating.evaluate)
 app.command()(planning.plan)
 app.command()(pushing.push)
+app.command()(serving.serve)
+app.command()(serving.merge)
 
 
 def main(arguments: list[str] | None = None) -> None:
