@@ -252,7 +252,11 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
 
 def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: bool, resume: bool, say: Say) -> StageRun:
     path, inputs, options = run / stage, stage_inputs(stage, loop, run), loop.options(stage)
-    made_from = _made_from(stage, inputs, {**options, "lora": asdict(options["lora"])})
+    deciding = {**options, "lora": asdict(options["lora"])}
+    if training := deciding.pop("training", None):  # who is told of it changes nothing
+        training = {name: value for name, value in training.items() if name != "report_to"}
+    deciding |= {"training": training} if training else {}
+    made_from = _made_from(stage, inputs, deciding)
     if not again and is_adapter(path) and ledger.has(stage, made_from):
         say(f"{stage}: kept from before, made from the same options and data ({path})")
         return ledger.stage_run(stage, path, skipped=True)
