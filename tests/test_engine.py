@@ -1,6 +1,5 @@
 """One engine, several adapters, many people: every pane is what it says, every answer belongs to its prompt, and nothing hangs."""
 
-
 import pytest
 import torch
 from peft import PeftModel
