@@ -146,6 +146,8 @@ def test_n_answers_differ_and_a_seed_repeats_them(served):
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "only text"),
         ({"max_tokens": 65}, 400, "at most 64"),
         ({"max_tokens": "many"}, 400, "max_new_tokens"),
+        ({"max_tokens": 0}, 400, "max_new_tokens"),
+        ({"n": 0}, 400, "n from 1"),
         ({"temperature": -1}, 400, "temperature"),
         ({"n": 9}, 400, "n from 1 to 8"),
         ({"seed": "x"}, 400, "seed"),

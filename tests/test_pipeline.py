@@ -188,7 +188,7 @@ ALL = ["sft", "reward", "judge", "ppo", "report"]
 def test_another_tracker_is_no_reason_to_train_again(stood_in):
     stood_in.go()
     assert stood_in.go("report_to=tensorboard")[1] == []
-    assert stood_in.go("report_to=tensorboard", "sft.training.learning_rate=1")[1] == ["sft"]
+    assert stood_in.go("report_to=tensorboard", "sft.training.learning_rate=1")[1][0] == "sft"
 
 
 def test_stages_run_in_order_each_on_what_came_before(stood_in):

@@ -94,8 +94,9 @@ class _Service:
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": body["model"]}
         if not body.get("stream"):
             return await self._whole(request, stream, head)
-        usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        return StreamingResponse(_events(stream, head, usage), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(
+            _events(stream, head, _wants_usage(body)), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
 
     async def _body(self, request: Request) -> dict[str, Any]:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -121,10 +122,10 @@ class _Service:
         names = [pane.name for pane in self.engine.panes]
         if body.get("model") not in names:
             raise Refused(404, f"no model {str(body.get('model'))[:60]!r}; there are {', '.join(names)}", "model_not_found")
-        limits, n = self.engine.limits, body.get("n") or 1
-        most = body.get("max_completion_tokens") or body.get("max_tokens") or min(DEFAULT_NEW_TOKENS, limits.new_tokens)
-        options = {name: body[name] for name in ("temperature", "top_p", "top_k") if body.get(name) is not None}
-        seed = secrets.randbelow(2**31) if body.get("seed") is None else body["seed"]
+        limits, given = self.engine.limits, {name: value for name, value in body.items() if value is not None}
+        n, seed = given.get("n", 1), given.get("seed", secrets.randbelow(2**31))
+        most = given.get("max_completion_tokens", given.get("max_tokens", min(DEFAULT_NEW_TOKENS, limits.new_tokens)))
+        options = {name: given[name] for name in ("temperature", "top_p", "top_k") if name in given}
         if not isinstance(n, int) or not 1 <= n <= limits.rows or not isinstance(seed, int) or not 0 <= seed < 2**62:
             raise Refused(400, f"expected n from 1 to {limits.rows}, and a seed that is a whole number from 0")
         try:
@@ -184,6 +185,11 @@ async def _events(stream: Stream, head: dict[str, Any], usage: bool) -> AsyncIte
         yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'server_error', 'param': None, 'code': None}})}\n\n"
     finally:
         stream.cancel()
+
+
+def _wants_usage(body: dict[str, Any]) -> bool:
+    options = body.get("stream_options")
+    return isinstance(options, dict) and bool(options.get("include_usage"))
 
 
 def _usage(stream: Stream, snapshot: Snapshot) -> dict[str, int]:
