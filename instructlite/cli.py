@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import benchmarking, data, evaluating, planning, pushing, rounds, running, votes
+from .commands import benchmarking, data, evaluating, planning, pushing, rounds, running, serving, votes
 from .errors import BadRecords, InstructLiteError
 from .training.interrupt import Interruption
 from .training.work import is_main_process, launched
@@ -31,6 +31,8 @@ app.command()(evaluating.evaluate)
 app.command()(benchmarking.benchmark)
 app.command()(planning.plan)
 app.command()(pushing.push)
+app.command()(serving.serve)
+app.command()(serving.merge)
 
 
 def main(arguments: list[str] | None = None) -> None:

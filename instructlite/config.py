@@ -52,6 +52,11 @@ class Lora:
             raise InstructLiteError(f"lora.r and lora.top_layers must be at least 1, not {self.r} and {self.top_layers}")
 
 
+def vllm_rank(rank: int) -> int | None:
+    """The least `max_lora_rank` of vLLM that holds an adapter of this rank; None: it serves none as large."""
+    return next((served for served in (8, 16, 32, 64, 128, 256, 320, 512) if served >= rank), None)
+
+
 @dataclass(kw_only=True)
 class BaseOptions:
     """How the base model is loaded. Where `model` is an adapter, its manifest answers what is not given here."""
@@ -292,6 +297,8 @@ class Loop:
     chat_template: str | None = None
     revision: str | None = None
     seed: int = 0
+    report_to: str | list[str] = "none"
+    """Trackers of every stage: trackio, tensorboard (extra `track`), wandb. metrics.jsonl is written in any case."""
     lora: Lora = field(default_factory=Lora)
     data: DataOptions = field(default_factory=DataOptions)
     sft: dict[str, Any] = field(default_factory=dict)
@@ -326,6 +333,8 @@ class Loop:
             # Started from the same random head as a reward model, it would agree with that one by this alone.
             top["seed"] = self.reward.get("seed", self.seed) + self.reward.get("ensemble", 1)
         lora = Lora(**merge(asdict(self.lora), section.get("lora", {})))
+        if self.report_to not in ("none", []):
+            section = {**section, "training": {"report_to": self.report_to, **section.get("training", {})}}
         return {**top, **section, "lora": lora}
 
     def to_dict(self) -> dict[str, Any]:

@@ -288,7 +288,11 @@ def train(
     say: Say,
 ) -> StageRun:
     """Train a stage into `path`, unless it stands there, made from the same (again: also then)."""
-    made_from = made_of(stage, inputs, {**options, "lora": asdict(options["lora"])})
+    deciding = {**options, "lora": asdict(options["lora"])}
+    if training := deciding.pop("training", None):  # who is told of it changes nothing
+        training = {name: value for name, value in training.items() if name != "report_to"}
+    deciding |= {"training": training} if training else {}
+    made_from = made_of(stage, inputs, deciding)
     if not again and is_adapter(path) and ledger.has(stage, made_from):
         say(f"{stage}: kept from before, made from the same options and data ({path})")
         return ledger.stage_run(stage, path, skipped=True)

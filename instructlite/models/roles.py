@@ -257,6 +257,12 @@ class RoleModel(PeftModelForCausalLM):
                 f"the role {role} has a scalar head, which the directory would lack; RewardRecipe writes reward adapters"
             )
         directory = Path(directory)
+        self.write_peft(role, directory)
+        self.base.tokenizer.save_pretrained(directory)
+        write_manifest(directory, role="policy", base=self.base, parents=parents)
+
+    def write_peft(self, role: str, directory: Path) -> None:
+        """Only what PEFT reads: the adapter's tensors and its config."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_of(role).items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -264,8 +270,6 @@ class RoleModel(PeftModelForCausalLM):
         config.inference_mode = True
         config.base_model_name_or_path, config.revision = str(self.base.path), self.base.revision
         config.save_pretrained(str(directory))
-        self.base.tokenizer.save_pretrained(directory)
-        write_manifest(directory, role="policy", base=self.base, parents=parents)
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 
