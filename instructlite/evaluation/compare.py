@@ -20,7 +20,7 @@ from ..config import BaseOptions
 from ..data.records import Source, data_hash, read_records
 from ..errors import InstructLiteError
 from ..models.base import base_of
-from ..models.manifest import Adapter
+from ..models.manifest import Adapter, different_names
 from ..models.roles import RoleModel
 from ..models.sampling import Progress, Sampling, generate, log_probs
 from ..progress import progress
@@ -317,7 +317,7 @@ def _candidates(given: Model | Sequence[Model]) -> list[Candidate]:
     # Roles have names of their own: PEFT takes no dots in them, torch no names of its own methods ("train", "eval").
     return [
         Candidate(name, None, None) if member == "base" else Candidate(name, member, f"candidate{number}")
-        for number, (name, member) in enumerate(zip(_names(members), members, strict=True))
+        for number, (name, member) in enumerate(zip(different_names(members), members, strict=True))
     ]
 
 
@@ -326,7 +326,7 @@ def _judges(given: Model | Sequence[Model] | Mapping[str, Model]) -> list[Reward
         names, members = list(given), [Adapter.load(member) for member in given.values()]
     else:
         members = [Adapter.load(member) for member in _listed(given)]
-        names = _names(members)
+        names = different_names(members)
     if not members:
         raise InstructLiteError("judge: there is none; pass a reward adapter")
     return [RewardJudge(name, member, f"judge{number}") for number, (name, member) in enumerate(zip(names, members, strict=True))]
@@ -334,19 +334,6 @@ def _judges(given: Model | Sequence[Model] | Mapping[str, Model]) -> list[Reward
 
 def _listed(given: Model | Sequence[Model]) -> Sequence[Model]:
     return [given] if isinstance(given, (str, Path, Adapter)) else given
-
-
-def _names(members: Sequence[Adapter | str]) -> list[str]:
-    """Directory names; where two are alike, the second is "sft-2"."""
-    names: list[str] = []
-    for member in members:
-        name = unique = member.name if isinstance(member, Adapter) else member
-        for number in itertools.count(2):
-            if unique not in names:
-                break
-            unique = f"{name}-{number}"
-        names.append(unique)
-    return names
 
 
 def _prompts(
