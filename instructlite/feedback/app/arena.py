@@ -13,8 +13,7 @@ from ..ballots import FLAGS, LIKERT, MAX_ANSWERS, MAX_COMMENT, Ballot, Showing
 from ..store import MAX_NAME
 from . import limits, markup
 from .booth import LIVE_ANSWERS, Booth, Reveal, ballot_of
-from .examples import EXAMPLES
-from .frame import Frame
+from .frame import Frame, examples
 from .markup import LETTERS, Card
 
 LEAD = (
@@ -35,7 +34,7 @@ class Sitting:
 def arena_page(booth: Booth, frame: Frame) -> gr.Blocks:
     with frame.page("/arena", "Which answer is better?", LEAD) as page:
         sitting = gr.State(Sitting())
-        parts: dict[str, gr.components.Component] = {name: gr.HTML(elem_id=name) for name in ("prompt", "answers", "status")}
+        parts: dict[str, gr.components.Component] = {name: gr.HTML(elem_id=name) for name in ("asked", "answers", "status")}
         parts |= _vote_buttons()
         details = _details()
         own = _own_prompt()
@@ -51,15 +50,16 @@ def arena_page(booth: Booth, frame: Frame) -> gr.Blocks:
                     async for changes in does(booth, frame, voter, values, request):
                         yield {parts[name]: change for name, change in changes.items()}
                 except InstructLiteError as error:
-                    yield {parts["status"]: markup.status(str(error), "bad"), parts["stop"]: gr.update(visible=False)}
+                    told = {"status": markup.status(str(error), "bad"), "stop": gr.update(visible=False), "next": gr.update(visible=True)}
+                    yield {parts[name]: change for name, change in told.items()}
 
             return handled
 
         outputs = list(parts.values())
-        said = {sitting, *details.values()}
+        said = {sitting, *(part for part in details.values() if isinstance(part, gr.components.FormComponent))}
         frame.on(page.load, handler(_load), {sitting}, outputs)
         frame.on(parts["next"].click, handler(_next), {sitting}, outputs)
-        frame.on(parts["ask"].click, handler(_ask), {sitting, *own.values()}, outputs)
+        frame.on(parts["ask"].click, handler(_ask), {sitting, own["question"], own["count"]}, outputs)
         frame.on(parts["stop"].click, frame.stop, [], [])
         choices: list[tuple[str, int | str]] = [(f"best{place}", place) for place in range(MAX_ANSWERS)]
         for name, choice in (*choices, ("tie", "tie"), ("bad", "bad"), ("rank", "ranks")):
@@ -97,7 +97,7 @@ def _details() -> dict[str, gr.components.Component]:
         for place, letter in enumerate(LETTERS):
             with gr.Group(visible=False, elem_id=f"about-{place + 1}") as parts[f"about{place}"]:
                 parts[f"ranks{place}"] = gr.Dropdown([], label=f"Rank of answer {letter} (1 is the best; equal ranks tie)", visible=False)
-                parts[f"likert{place}"] = gr.Radio(list(range(low, high + 1)), label=f"Answer {letter} overall, {low} (worst) to {high} (best)")
+                parts[f"likert{place}"] = gr.Radio(list(range(low, high + 1)), label=f"Answer {letter}, {low} (worst) to {high} (best)")
                 parts[f"flags{place}"] = gr.CheckboxGroup([(words, flag) for flag, words in FLAGS.items()], label=f"Answer {letter} …")
                 parts[f"edits{place}"] = gr.Textbox(label=f"Answer {letter} as it should have been (change it here)", lines=3, max_lines=12)
         parts["comment"] = gr.Textbox(label="Why? (free text)", lines=2, elem_id="comment")
@@ -109,9 +109,7 @@ def _own_prompt() -> dict[str, gr.components.Component]:
     parts: dict[str, gr.components.Component] = {}
     with gr.Accordion("Ask something yourself", open=False, elem_id="own"):
         parts["question"] = gr.Textbox(label="Your prompt (it is kept with the answers)", lines=3, max_lines=12, elem_id="question")
-        parts["example"] = gr.Dropdown(
-            [(f"{use_case}: {text}", text) for use_case, text in EXAMPLES], value=None, label="Example prompts by use case"
-        )
+        parts["example"] = examples()
         parts["count"] = gr.Radio(list(range(LIVE_ANSWERS[0], LIVE_ANSWERS[1] + 1)), value=2, label="Answers to compare", elem_id="count")
         parts["ask"] = gr.Button("Ask", elem_id="ask")
     return parts
@@ -161,8 +159,8 @@ async def _written(
     frame.streams.admit(frame.who(request))
     battle = await to_thread.run_sync(booth.ask, voter, prompt, count, use_case if isinstance(use_case, str) else None)
     yield _closed(count) | {
-        "prompt": markup.turns(prompt), "answers": "", "status": markup.status(f"Writing {count} answers …"), "sitting": replace(before, showing=None),
-        "stop": gr.update(visible=True), "next": gr.update(visible=False),
+        "asked": markup.turns(prompt), "answers": "", "status": markup.status(f"Writing {count} answers …"),
+        "sitting": replace(before, showing=None), "stop": gr.update(visible=True), "next": gr.update(visible=False),
     }  # fmt: skip
     async with frame.streams.snapshots(request.session_hash, battle.stream) as snapshots:
         async for snapshot in snapshots:
@@ -170,18 +168,16 @@ async def _written(
                 yield {"status": markup.status(f"Waiting: {snapshot.position} requests are before yours.")}
             else:
                 yield {"answers": _cards([snapshot.texts[n] for n in battle.order], writing=[not snapshot.done[n] for n in battle.order])}
-    over = {"stop": gr.update(visible=False), "next": gr.update(visible=True)}
     if "cancelled" in snapshot.finish:
-        yield {"status": markup.status("Stopped: there is nothing to vote on. Press Next for another prompt."), **over}
+        said = markup.status("Stopped: there is nothing to vote on. Press Next for another prompt.")
+        yield {"status": said, "stop": gr.update(visible=False), "next": gr.update(visible=True)}
         return
     await to_thread.run_sync(booth.finish, battle, snapshot.texts)
     texts = tuple(snapshot.texts[number] for number in battle.order)
-    yield _open(before, replace(battle.showing, answers=texts), f"{count} answers ready. Which is better?") | over
+    yield _open(before, replace(battle.showing, answers=texts), f"{count} answers ready. Which is better?")
 
 
-async def _vote(
-    choice: int | str, booth: Booth, frame: Frame, voter: str, given: Changes, request: gr.Request
-) -> AsyncIterator[Changes]:
+async def _vote(choice: int | str, booth: Booth, frame: Frame, voter: str, given: Changes, request: gr.Request) -> AsyncIterator[Changes]:
     sitting: Sitting = given["sitting"]
     showing = sitting.showing
     if showing is None:
@@ -212,7 +208,7 @@ def _open(before: Sitting, showing: Showing, said: str) -> Changes:
     """Answers that can be voted on."""
     count = len(showing.answers)
     changes: Changes = {
-        "prompt": markup.turns(showing.prompt),
+        "asked": markup.turns(showing.prompt),
         "answers": _cards(showing.answers),
         "status": markup.status(said),
         "sitting": Sitting(showing, before.skipped),
@@ -252,10 +248,11 @@ def _cards(texts: Sequence[str | None], writing: Sequence[bool] = ()) -> str:
 def _revealed(showing: Showing, revealed: Sequence[Reveal], ballot: Ballot) -> str:
     ranks = [judgement["rank"] for judgement in ballot.judgements(len(showing.answers))]
     best = [place for place, rank in enumerate(ranks) if rank == 0]
+    weights = [f"adapter sha256 {one.candidate.adapter[:12]}" if one.candidate.adapter else "no adapter" for one in revealed]
     return markup.cards([
         Card(
             f"Answer {LETTERS[place]} · {one.candidate.name}", text or "", f"Answer {LETTERS[place]}",
-            [one.candidate.base, f"adapter sha256 {one.candidate.adapter[:12]}" if one.candidate.adapter else "no adapter"],
+            [markup.model_name(one.candidate.base), weights[place]],
             [f"{judge} {score:+.2f}" for judge, score in one.scores.items()], mark="best" if best == [place] else "",
         )
         for place, (text, one) in enumerate(zip(showing.answers, revealed, strict=True))

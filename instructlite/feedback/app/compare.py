@@ -12,8 +12,7 @@ from ...models.engine import Engine, Pane
 from ...models.sampling import Sampling
 from ...models.streaming import Snapshot
 from . import limits, markup
-from .examples import EXAMPLES
-from .frame import Frame
+from .frame import Frame, examples
 from .markup import Card
 
 Messages = list[dict[str, str]]
@@ -46,7 +45,7 @@ class Talk:
 
 def identity(pane: Pane) -> list[str]:
     """What a pane is. The adapter's files were compared with the hashes in its manifest when it was loaded."""
-    base = f"{pane.base}{f'@{pane.revision[:12]}' if pane.revision else ''}, {pane.precision}"
+    base = f"{markup.model_name(pane.base)}{f'@{pane.revision[:12]}' if pane.revision else ''}, {pane.precision}"
     if pane.adapter is None:
         return [base, f"no adapter · weights {pane.fingerprint[:12]}"]
     return [base, f"adapter {pane.adapter.name} · sha256 {pane.sha256[:12]} · verified"]
@@ -62,9 +61,7 @@ def compare_page(engine: Engine, frame: Frame) -> gr.Blocks:
             send = gr.Button("Send", variant="primary", elem_id="send")
             stop = gr.Button("Stop", interactive=False, elem_id="stop")
             new = gr.Button("New conversation", elem_id="new")
-        example = gr.Dropdown(
-            [(f"{use_case}: {text}", text) for use_case, text in EXAMPLES], value=None, label="Example prompts by use case", elem_id="example"
-        )
+        example = examples()
         fields |= _settings(engine)
         chosen = fields["panes"]
         outputs = shown | {"prompt": fields["prompt"], "talk": talk, "send": send, "stop": stop}
@@ -75,15 +72,17 @@ def compare_page(engine: Engine, frame: Frame) -> gr.Blocks:
                 async for changes in _answer(engine, frame, given[talk], values, request):
                     yield {outputs[name]: value for name, value in changes.items()}
             except InstructLiteError as error:
-                yield {shown["status"]: markup.status(str(error), "bad"), send: gr.update(interactive=True), stop: gr.update(interactive=False)}
+                told = markup.status(str(error), "bad")
+                yield {shown["status"]: told, send: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
-        def begin(picked: list[str], request: gr.Request) -> tuple[str, str, str, Talk]:
-            frame.stop(request)
-            return "", "", "", Talk(tuple(name for name in names if name in picked))
+        def begin(picked: list[str]) -> dict:
+            fresh = Talk(tuple(name for name in names if name in picked))
+            return dict.fromkeys(shown.values(), "") | {talk: fresh, send: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
-        frame.on([send.click, fields["prompt"].submit], answer, {*fields.values(), talk}, list(outputs.values()))
+        asked = frame.on([send.click, fields["prompt"].submit], answer, {*fields.values(), talk}, list(outputs.values()))
         frame.on(stop.click, frame.stop, [], [])
-        frame.on([new.click, chosen.change], begin, [chosen], [*shown.values(), talk])
+        # What is still being written belongs to the old conversation.
+        frame.on([new.click, chosen.change], begin, [chosen], [*shown.values(), talk, send, stop], cancels=asked)
         frame.on(example.change, lambda text: text or gr.skip(), [example], [fields["prompt"]])
     return page
 

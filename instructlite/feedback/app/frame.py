@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from .examples import EXAMPLES
 from .guard import address
 from .streams import Streams
 from .visitors import Visitors
@@ -34,12 +35,10 @@ class Frame:
         return f'<header class="top"><strong>InstructLite</strong><nav aria-label="Pages">{links}</nav>{leave}</header>'
 
     @staticmethod
-    def on(events: Callable | Sequence[Callable], does: Callable, inputs: Any, outputs: Any, **more: Any) -> None:
+    def on(events: Callable | Sequence[Callable], does: Callable, inputs: Any, outputs: Any, **more: Any) -> list:
         """Wire events, all alike: not in the API's description, no progress bars over what is being read."""
-        for event in events if isinstance(events, Sequence) else [events]:
-            event(
-                does, inputs, outputs, api_visibility="private", show_progress="hidden", concurrency_limit=None, **more,
-            )  # fmt: skip
+        alike = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None} | more
+        return [event(does, inputs, outputs, **alike) for event in (events if isinstance(events, Sequence) else [events])]
 
     def who(self, request: gr.Request) -> str:
         """Whose requests are counted together."""
@@ -48,3 +47,8 @@ class Frame:
     def stop(self, request: gr.Request) -> None:
         """End what this page is waiting for."""
         self.streams.stop(request.session_hash)
+
+
+def examples() -> gr.Dropdown:
+    choices = [(f"{use_case}: {text}", text) for use_case, text in EXAMPLES]
+    return gr.Dropdown(choices, value=None, label="Example prompts by use case", elem_id="example")

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from ipaddress import ip_address
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -26,7 +26,7 @@ _POLICY = (
 )
 _NAME = r"[\w-][\w.-]*"
 _READ = re.compile(
-    rf"/|/login|/ui/{_NAME}|(?P<page>/[a-z]+)(/|/config/?|/theme\.css|/(assets|static)(/{_NAME})+|/svelte(/{_NAME})+|/manifest\.json"
+    rf"/|/login|/favicon\.ico|/ui/{_NAME}|(?P<page>/[a-z]+)(/|/config/?|/theme\.css|/(assets|static)(/{_NAME})+|/svelte(/{_NAME})+|/manifest\.json"
     rf"|/gradio_api/(theme\.css|startup-events|queue/data|heartbeat/{_NAME}|app_id/?))?",
     re.ASCII,
 )
@@ -91,13 +91,14 @@ class Guard:
             return _refuse(403, "this server answers only on this machine")
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
-        if foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site") and request.method not in ("GET", "HEAD"):
+        reading = request.method in ("GET", "HEAD")
+        if foreign or (not reading and headers.get("sec-fetch-site") in ("cross-site", "same-site")):
             return _refuse(403, "a request from another site")
         known = {"GET": _READ, "HEAD": _READ, "POST": _WRITE}.get(request.method)
         if known is None:
             return _refuse(405, "not allowed")
         found = known.fullmatch(path)
-        if not found or found["page"] and found["page"] not in self.pages | {"/login", "/logout"}:
+        if not found or (found["page"] and found["page"] not in self.pages):
             return _refuse(404, "not found")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MAX_BODY:

@@ -74,7 +74,7 @@ def _win_rates(found: Insight) -> list[str]:
         ("By group of voters", found.by_group, "group"),
     ):
         if rows:
-            lines = [[*([escape(row[column])] if column else []), f"{escape(row['a'])} against {escape(row['b'])}", *_rates(row)] for row in rows]
+            lines = [[*([escape(row[column])] if column else []), escape(f"{row['a']} against {row['b']}"), *_rates(row)] for row in rows]
             head = [*([column.replace("_", " ")] if column else []), "who", "win rate", "", "won", "tied", "lost", "prompts"]
             tables.append(table(caption, head, lines))
     return tables
@@ -102,7 +102,7 @@ def _reward_models(found: Insight) -> str:
         [escape(row["judge"]), _number(row), bar(row["rate"], row["low"], row["high"]), f"{row['pairs']:,}", f"{row['longer_wins']:.2f}"]
         for row in found.reward_models
     ]
-    rates = table("Reward models against people", ["reward model", "orders pairs as people do", "", "pairs", "the longer answer wins"], lines)
+    rates = table("Reward models against people", ["reward model", "orders pairs as people do", "", "pairs", "longer wins"], lines)
     sure = [
         [escape(row["judge"]), f"{each['predicted']:.2f}", f"{each['observed']:.2f}", f"{each['pairs']:,}"]
         for row in found.reward_models

@@ -9,6 +9,7 @@ MAX_NEW_TOKENS = 1024
 
 
 def text(given: object, what: str, longest: int, *, empty: bool = False) -> str:
+    given = "" if given is None else given  # an untouched field
     if not isinstance(given, str):
         raise InstructLiteError(f"{what} is no text")
     given = given.encode("utf-8", "replace").decode().replace("\0", "")  # halves of characters go into no file

@@ -1,11 +1,14 @@
 """Texts as HTML that shows them as they are: no markup of a prompt or an answer is ever interpreted."""
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 # Gradio's HTML component is a template: `${...}`, `{{...}}` and `@children` in it would be filled in.
 _TEMPLATE = {ord(sign): f"&#{ord(sign)};" for sign in "${}`@"}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 LETTERS = "ABCDEFGHI"
 
 
@@ -25,7 +28,13 @@ class Card:
 
 
 def escape(text: str) -> str:
-    return html.escape(text).translate(_TEMPLATE)
+    """For element content and quoted attributes. Control characters, which HTML cannot hold, are shown as U+FFFD."""
+    return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))).translate(_TEMPLATE)
+
+
+def model_name(base: str) -> str:
+    """A base as visitors may know it: of a directory here its last part only."""
+    return PurePath(base).name if PurePath(base).is_absolute() else base
 
 
 def cards(answers: Sequence[Card]) -> str:
@@ -75,6 +84,7 @@ def bar(value: float, low: float | None, high: float | None) -> str:
     left, right = (value if end is None else end for end in (low, high))
     return (
         '<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
-        f'<line class="half" x1="50" y1="0" x2="50" y2="12"/><line class="range" x1="{100 * left:.1f}" y1="6" x2="{100 * right:.1f}" y2="6"/>'
+        '<line class="half" x1="50" y1="0" x2="50" y2="12"/>'
+        f'<line class="range" x1="{100 * left:.1f}" y1="6" x2="{100 * right:.1f}" y2="6"/>'
         f'<rect class="point" x="{100 * value - 1:.1f}" y="2" width="2" height="8"/></svg>'
     )

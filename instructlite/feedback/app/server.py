@@ -68,6 +68,7 @@ def application(
     }
     inside.add_api_route("/", lambda: RedirectResponse(f"{pages[0]}/"), methods=["GET"])
     inside.add_api_route("/ui/{name}", _static, methods=["GET"])
+    inside.add_api_route("/favicon.ico", lambda: _static("icon.svg"), methods=["GET"])
     for path in pages:
         gr.mount_gradio_app(
             inside, made[path](), path, theme=theme(), css_paths=STATIC / "pages.css", head=HEAD, footer_links=[], run_history=False,
@@ -90,6 +91,7 @@ def serve(app: Callable, address: Address) -> None:
     config = uvicorn.Config(
         app, host=address.host, port=address.port, log_level="warning", access_log=False, ws="none", server_header=False,
         timeout_graceful_shutdown=3, proxy_headers=address.behind_proxy,
+        forwarded_allow_ips="*" if address.behind_proxy else None,
     )  # fmt: skip
     server = uvicorn.Server(config)
     try:

@@ -89,7 +89,7 @@ class Visitors:
             if path in ("/login", "/logout"):
                 await (await self._login(request) if path == "/login" else self._logout(request))(scope, receive, send)
                 return
-            if self.users and not self.name(request) and not path.startswith("/ui/"):
+            if self.users and not self.name(request) and not path.startswith(("/ui/", "/favicon")):
                 page = request.method in ("GET", "HEAD") and path.count("/") <= 2 and "." not in path
                 refused: Response = RedirectResponse("/login", 303) if page else Response("log in first", 401)
                 await refused(scope, receive, send)
