@@ -115,7 +115,7 @@ def test_too_wide_an_interval_says_how_many_prompts_it_would_take():
     rate = row(judging(reward()).win_rates(), a="ppo", b="sft", judge="judge", decoding="sampled")
     assert rate["prompts_needed"] > 200
     assert f"about {rate['prompts_needed']} prompts would bring it to 0.05" in rate["warnings"][-1]
-    sure = row(judging(reward(), prompts=300).win_rates(), a="ppo", b="sft", judge="judge", decoding="sampled")
+    sure = row(judging(reward(), prompts=150).win_rates(), a="ppo", b="sft", judge="judge", decoding="sampled")
     assert not sure["warnings"] and sure["low"] > 0.7
 
 

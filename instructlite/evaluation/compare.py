@@ -275,9 +275,10 @@ class Comparison:
         adapters = {candidate.name: candidate.adapter for candidate in self.candidates if candidate.adapter}
         reference = self.reference.name if self.reference else None
         judging = Judging(self.judges, decodings, [row for row, _ in self.prompts], names, reference, self.seed)
-        with _phase(self.seconds, "judging"):
-            win_rates, strengths, agreement = judging.win_rates(), judging.strengths(), judging.agreement()
-            rated = judging.ratings(ratings)
+        with _phase(self.seconds, "language models judge"):
+            total, rated = judging.rates, judging.ratings(ratings)  # they are asked before the next bar stands
+        with _phase(self.seconds, "win rates", total) as advance:
+            win_rates, strengths, agreement = judging.win_rates(advance), judging.strengths(), judging.agreement()
         rewards = [self._reward(d, judge, name) for d in decodings for judge in self._measures for name in d.answers]
         texts = [self._text(d, name) for d in decodings for name in d.answers]
         return Report(

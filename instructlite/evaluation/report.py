@@ -303,7 +303,7 @@ class Report:
     def _provenance(self) -> str:
         rows = [["base", self.base["id"], self.base["fingerprint"]]]
         rows += [["candidate", row["name"], row["adapter"]] for row in self.candidates if row["adapter"]]
-        rows += [["judge", row["name"], row["adapter"]] for row in self.judges]
+        rows += [["judge", row["name"], row["adapter"] or ""] for row in self.judges]
         settings = "; ".join(f"{name}: {value}" for name, value in {**self.base, **self.settings}.items() if value is not None)
         seconds = "; ".join(f"{name}: {value:.1f}" for name, value in self.seconds.items())
         return f"{markdown_table(['', 'name', 'sha256'], rows)}\n\n{escape(settings)}\n\nSeconds: {escape(seconds)}"
