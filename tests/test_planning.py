@@ -173,6 +173,23 @@ def test_quantized_weights_and_checkpointing_and_shorter_rows_take_less():
     assert stage("reward", plan(loop(), gpu, lengths=short)).peak < stage("reward", nf4).peak
 
 
+def test_policies_beside_ppo_are_planned_with_their_own_options():
+    planned = plan(loop(also={"dpo": None, "ppo-long": {"training": {"response_length": 2048}}}), card("24GB"), lengths=LONG)
+    assert [stage.stage for stage in planned.stages] == ["sft", "reward", "judge", "ppo", "dpo", "ppo-long", "report"]
+    adapter = 4 * memory.adapter_parameters(shapes_of(loop().model), 16)
+    plain = plan(loop(), card("24GB"), lengths=LONG)
+    assert stage("dpo", planned).parts["adapters"] - stage("reward", planned).parts["adapters"] == adapter, "the reference"
+    assert stage("ppo-long", planned).peak > stage("ppo", planned).peak == stage("ppo", plain).peak
+    assert stage("report", planned).parts["adapters"] - stage("report", plain).parts["adapters"] == 2 * adapter
+
+
+def test_what_makes_a_policy_beside_ppo_fit_is_written_where_it_stands():
+    also = {"dpo": {"training": {"per_device_train_batch_size": 32}}, "ppo-big": {"training": {"per_device_train_batch_size": 32}}}
+    changes = plan(loop(also=also), card("14GB"), lengths=LONG).changes
+    for name in also:
+        assert changes[name] and all(change.startswith(f"also.{name}.training.") for change in changes[name])
+
+
 def test_more_roles_take_their_adapters():
     adapter = 4 * memory.adapter_parameters(shapes_of(loop().model), 16)
     plain = stage("ppo", plan(loop(), card("24GB"), lengths=LONG))

@@ -74,9 +74,10 @@ def evaluate(
     if is_run:
         from ..evaluation.runs import all_candidates, evaluate_run
 
-        names = all_candidates(run) if full else [name.strip() for name in named.split(",")] if named else None
         options |= asdict(load_loop(run / "recipe.yaml", given).evaluation) | {"votes": _votes(run) if votes else []}
-        report = evaluate_run(run, candidates=names, judges=judges, output_dir=output, **options)
+        if full or named:
+            options["candidates"] = all_candidates(run) if full else [name.strip() for name in named.split(",")]
+        report = evaluate_run(run, judges=judges, output_dir=output, **options)
     else:
         from ..evaluation.compare import evaluate as compare
 

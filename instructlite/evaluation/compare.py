@@ -28,7 +28,7 @@ from ..progress import Advance, progress
 from . import statistics
 from .candidates import Candidate, Model, Prompting, candidates_of
 from .curves import training_of
-from .judges import SCALES, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
+from .judges import ACCURACY, SCALES, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
 from .judging import Decoding, Judging, Match, flat
 from .kept import FILE, Asked, Kept, KeptModel
 from .metrics import distinct, kl_per_answer, perplexity, repeated
@@ -275,9 +275,10 @@ class Comparison:
         adapters = {candidate.name: candidate.adapter for candidate in self.candidates if candidate.adapter}
         reference = self.reference.name if self.reference else None
         judging = Judging(self.judges, decodings, [row for row, _ in self.prompts], names, reference, self.seed)
-        with _phase(self.seconds, "judging"):
-            win_rates, strengths, agreement = judging.win_rates(), judging.strengths(), judging.agreement()
-            rated = judging.ratings(ratings)
+        with _phase(self.seconds, "language models judge"):
+            total, rated = judging.rates, judging.ratings(ratings)  # they are asked before the next bar stands
+        with _phase(self.seconds, "win rates", total) as advance:
+            win_rates, strengths, agreement = judging.win_rates(advance), judging.strengths(), judging.agreement()
         rewards = [self._reward(d, judge, name) for d in decodings for judge in self._measures for name in d.answers]
         texts = [self._text(d, name) for d in decodings for name in d.answers]
         return Report(
@@ -306,7 +307,8 @@ class Comparison:
         if not comparisons or isinstance(judge, People) or judge.to_dict({})["accuracy"] is not None:
             return {}
         if isinstance(judge, LanguageModelJudge):
-            return judge.accuracy(comparisons, seed=self.seed)
+            found = judge.accuracy(comparisons, seed=self.seed)
+            return {name: found[name] for name in ACCURACY}
         base, sides = self.model.model.base, ("chosen", "rejected")
         sequences = [(base.encode_prompt(row["prompt"]), base.encode_completion(row[side])) for side in sides for row in comparisons]
         scores = judge.combined(self.model.scores(judge.roles, sequences, f"accuracy of {judge.name}")).reshape(2, -1)

@@ -20,6 +20,7 @@ STARTER = {"demonstrations": ["databricks/databricks-dolly-15k", "Anthropic/hh-r
 WHAT = {
     "sft": "supervised fine-tuning on demonstrations",
     "reward": "a reward model: one score for a prompt with an answer",
+    "dpo": "DPO on comparisons, with the SFT adapter as the reference",
     "ppo": "PPO against a reward model, with a KL penalty to the SFT adapter",
 }
 

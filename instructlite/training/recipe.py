@@ -352,7 +352,7 @@ def save_adapter(
     """Write a trained PeftModel as PEFT does, with the tokenizer and the manifest."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = str(base.path), base.revision
-    model.save_pretrained(directory, save_embedding_layers=False)
+    model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False)  # DPO's has its reference, too
     (directory / "README.md").unlink()  # PEFT's empty card; it would name a path of this machine
     base.tokenizer.save_pretrained(directory)
     write_manifest(directory, role=role, base=base, score_bias=score_bias, parents=parents)
