@@ -95,7 +95,7 @@ def _details() -> dict[str, gr.components.Component]:
     parts: dict[str, gr.components.Component] = {}
     with gr.Accordion("Say more (optional)", open=False, visible=False, elem_id="more") as parts["more"]:
         for place, letter in enumerate(LETTERS):
-            with gr.Group(visible=False, elem_id=f"about-{place + 1}") as parts[f"about{place}"]:
+            with gr.Group(visible=False) as parts[f"about{place}"]:
                 parts[f"ranks{place}"] = gr.Dropdown([], label=f"Rank of answer {letter} (1 is the best; equal ranks tie)", visible=False)
                 parts[f"likert{place}"] = gr.Radio(list(range(low, high + 1)), label=f"Answer {letter}, {low} (worst) to {high} (best)")
                 parts[f"flags{place}"] = gr.CheckboxGroup([(words, flag) for flag, words in FLAGS.items()], label=f"Answer {letter} …")
@@ -196,7 +196,10 @@ async def _vote(choice: int | str, booth: Booth, frame: Frame, voter: str, given
         "status": markup.status(f"{said_of_it} {_names(revealed)}", "good"),
         "sitting": Sitting(voted, sitting.skipped),
     }
-    await to_thread.run_sync(booth.score, voter, voted)
+    try:
+        await to_thread.run_sync(booth.score, voter, voted)
+    except InstructLiteError:
+        return  # an answer or prompt too long to be scored: the vote is saved all the same
     revealed = await to_thread.run_sync(booth.reveal, voter, showing.ticket)
     yield {"answers": _revealed(showing, revealed, ballot)}
 

@@ -63,7 +63,13 @@ def _numbers(found: Insight) -> str:
         boxes.append((f"{found.gold['right']:,} of {found.gold['votes']:,}", "gold items judged rightly"))
     if found.first_shown:
         boxes.append((_number(found.first_shown), "the answer shown first won (0.50 but for position bias)"))
-    return f'<div class="numbers">{"".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in boxes)}</div>'
+    return f'<div class="numbers">{"".join(_box(value, what) for value, what in boxes)}</div>'
+
+
+def _box(value: str, what: str) -> str:
+    number, _, interval = value.partition(" [")
+    small = f"<small>[{escape(interval)}</small>" if interval else ""
+    return f"<div><b>{escape(number)}</b>{small}<span>{escape(what)}</span></div>"
 
 
 def _win_rates(found: Insight) -> list[str]:

@@ -1,4 +1,4 @@
-// Votes by keyboard, and one polite live region. No key does anything while somebody types.
+// Votes by keyboard, one polite live region, names for groups of choices. No key does anything while somebody types.
 (() => {
   const typing = (element) =>
     element.isContentEditable || element.matches("textarea, select, [role=combobox], input:not([type=radio]):not([type=checkbox]):not([type=range])");
@@ -20,6 +20,11 @@
     if (said && !said.hasAttribute("aria-live")) {
       said.setAttribute("role", "status");
       said.setAttribute("aria-live", "polite");
+    }
+    // Gradio names groups of choices by a span that nothing refers to.
+    for (const group of document.querySelectorAll("fieldset:not([aria-label])")) {
+      const name = group.querySelector("[data-testid=block-info]")?.innerText;
+      if (name) group.setAttribute("aria-label", name.trim());
     }
   });
   watch.observe(document.documentElement, { childList: true, subtree: true });
