@@ -103,6 +103,8 @@ class RewardOptions(BaseOptions):
     """The new scalar head learns this many times faster than the adapter."""
     length_controlled: bool = False
     """Learn what the length of answers does not explain already (see `length_weight` in training/reward.py)."""
+    policy_samples: float = 0.0
+    """Share of the training prompts that get one answer more, sampled from the SFT adapter (see training/policy_samples.py)."""
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     """Goes to trl.RewardConfig untouched."""
@@ -111,6 +113,8 @@ class RewardOptions(BaseOptions):
         super().__post_init__()
         if self.ensemble < 1:
             raise InstructLiteError(f"ensemble={self.ensemble}: at least 1, one reward model")
+        if not 0 <= self.policy_samples <= 1:
+            raise InstructLiteError(f"policy_samples={self.policy_samples}: a share of the prompts, from 0 to 1")
 
 
 @dataclass(kw_only=True)

@@ -277,6 +277,8 @@ class Round:
         options = {
             stage: self.loop.options(stage) | {"seed": self.loop.options(stage)["seed"] + self.number} for stage in ("reward", "ppo")
         }
+        # People have judged the policy's own answers; and the adapter that is gone on from could give none.
+        options["reward"]["policy_samples"] = 0.0
         wired = {stage: stage_inputs(stage, self.loop, self.run) for stage in options}
         wired["reward"] |= {"model": self.reward, "data": self.data / "reward.jsonl"}
         reference = {"reference": self.run / "sft"} if self.options.reference == "sft" and self.last != "sft" else {}

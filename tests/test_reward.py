@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from instructlite.config import Lora
+from instructlite.data.records import read_records
 from instructlite.errors import InstructLiteError
 from instructlite.models.base import load_base
 from instructlite.models.manifest import Adapter
@@ -292,6 +293,27 @@ def test_what_length_explains_is_not_learnt_where_it_is_controlled(tiny_path, tm
         assert ("length_weight" in metrics) == controlled
         spread[controlled] = metrics["score_std"]
     assert spread[True] < spread[False] / 3
+
+
+def test_answers_of_the_policy_tie_with_the_worst_and_are_kept(tiny_path, tmp_path, trainers):
+    sft = tiny_sft(tiny_path, tmp_path / "sft")
+    options = dict(model=sft, policy_samples=0.5, training={"max_steps": 1})
+    first, again = (tiny_reward(tiny_path, **options).run(tmp_path / name) for name in ("first", "again"))
+    kept = read_records(first.path / "policy_samples.jsonl", "rankings")
+    assert len(kept) == first.metrics["policy_samples"] > 0
+    assert all(row["ranks"][-1] == max(row["ranks"][:-1]) and len(set(row["responses"])) == len(row["ranks"]) for row in kept)
+    ids = [row["responses_ids"] for row in trainers[0].train_dataset]
+    assert sorted(map(len, ids))[-1] == max(len(row["ranks"]) for row in kept) > 2
+    assert (again.path / "policy_samples.jsonl").read_bytes() == (first.path / "policy_samples.jsonl").read_bytes()
+    other = tiny_reward(tiny_path, **options, seed=5).run(tmp_path / "other")
+    assert (other.path / "policy_samples.jsonl").read_bytes() != (first.path / "policy_samples.jsonl").read_bytes()
+
+
+def test_only_a_policy_gives_samples_and_only_a_share_of_the_prompts(tiny_path, tmp_path):
+    with pytest.raises(InstructLiteError, match="nobody to sample from; pass the SFT adapter"):
+        tiny_reward(tiny_path, policy_samples=0.5).run(tmp_path / "r")
+    with pytest.raises(InstructLiteError, match="a share of the prompts, from 0 to 1"):
+        tiny_reward(tiny_path, policy_samples=2)
 
 
 def test_a_quantized_base_trains_a_reward_model_too(tiny_path, tmp_path, trainers):

@@ -27,12 +27,13 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from ..config import RewardOptions
-from ..data.records import as_groups
+from ..data.records import as_groups, write_records
 from ..errors import InstructLiteError
 from ..models.base import Base, base_of, lora_config
 from ..models.manifest import Adapter, add_members, verify
 from .checkpoints import Checkpointing
 from .interrupt import Interruption
+from .policy_samples import add_policy_samples
 from .ppo_math import ranking_loss
 from .recipe import (
     HARMLESS,
@@ -66,6 +67,7 @@ from .work import (
 )
 
 STARTS = ("policy", "reward")  # roles of adapters that a reward model may start from
+POLICY_SAMPLES = "policy_samples.jsonl"
 BIAS_SAMPLE = 256  # demonstrations scored for the bias; its standard error is then 1/16 of their spread
 
 
@@ -82,6 +84,8 @@ class RewardRecipe(Recipe, RewardOptions):
     `_low`, `_high`, `eval_pairs`; pairs of one ranking are counted as independent) and that of preferring the longer
     answer (`eval_longer_wins`); `train_accuracy`, measured on each batch before it is learnt from; `score_mean` and
     `score_std` over the held-out answers (else over the answers that gave the bias), after the shift.
+
+    With `policy_samples` the answers that were sampled stand in policy_samples.jsonl, beside the others to their prompts.
 
     With `ensemble` the directory is the first member's, the others stand in `member-1`, `member-2`, ... below it. Each is
     what a recipe of its own with the seed `seed` + its number would have written; a resumed run keeps those that are done.
@@ -148,6 +152,8 @@ class RewardRecipe(Recipe, RewardOptions):
     def train(self, run: Run) -> None:
         parent = parent_of(self.model, roles=STARTS)
         records, held_out, shown = self._records(run)
+        if self.policy_samples:
+            records = self._with_policy_samples(as_groups(records), parent, run)
         with suppress_seqcls_warning():  # that the head is new is no news
             base = base_of(self.model, self, head="score")
         config = self.trainer_config(run, base)
@@ -170,6 +176,17 @@ class RewardRecipe(Recipe, RewardOptions):
         run.metrics["train_accuracy"] = mean_over_steps("accuracy", trainer.state.log_history)
         bias = self._measure(run, trainer, self._anchors(base, shown, groups, config.max_length), eval_groups)
         save_adapter(model, base, run.directory, role="reward", score_bias=bias, parents=parents)
+
+    def _with_policy_samples(self, groups: list[dict], parent: Adapter | None, run: Run) -> list[dict]:
+        if parent is None or parent.role != "policy":
+            raise InstructLiteError("policy_samples: nobody to sample from; pass the SFT adapter as `model`")
+        limit = self.training.get("max_length", RewardConfig.max_length)
+        found = add_policy_samples(groups, parent, self.policy_samples, options=self, seed=self.seed, max_length=limit)
+        more = [group for group, before in zip(found, groups, strict=True) if group is not before]
+        run.metrics["policy_samples"] = len(more)
+        if is_main_process():
+            write_records(run.directory / POLICY_SAMPLES, more)
+        return found
 
     def _records(self, run: Run) -> tuple[list[dict], list[dict], list[dict]]:
         """Training data, held-out data and demonstrations."""
