@@ -37,9 +37,9 @@ PROPERTIES: dict[str, Callable[[str], bool]] = {
     "exclamation": lambda text: text.rstrip().endswith("!"),
 }
 WORDS = {"you": "speaks to the reader (you, your)", "question": "ends in a question", "exclamation": "ends in an exclamation mark"}
-# What 60 votes can be learnt from in minutes on two cores: few old comparisons, each vote twice, 8 rollouts, a short report.
+# What 60 votes can be learnt from in minutes on two cores: few old comparisons, each vote four times, 12 rollouts, a short report.
 SETTINGS = {
-    "round.prompt_limit": 140, "round.answers": 6, "round.replay": 100, "round.vote_weight": 2, "ppo.training.max_steps": 64,
+    "round.prompt_limit": 140, "round.answers": 6, "round.replay": 60, "round.vote_weight": 4, "ppo.training.max_steps": 96,
     "evaluation.samples": 4, "evaluation.greedy": "false",
 }  # fmt: skip
 
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a finished run: recipe.yaml, data, sft, reward, ppo and perhaps judge")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options over the run's recipe and this program's settings")
     parser.add_argument("--votes", type=int, default=60, help="votes that are no ties (default: %(default)s)")
-    parser.add_argument("--likes", choices=PROPERTIES, default="you", help="what the voter likes (default: %(default)s)")
+    parser.add_argument("--likes", choices=PROPERTIES, default="exclamation", help="what the voter likes (default: %(default)s)")
     parser.add_argument("--characters", type=int, default=300, help="longest prompt (default: %(default)s)")
     parser.add_argument("--control", action="store_true", help="also a round by the votes of a voter who tosses coins")
     parser.add_argument("--output", type=Path, default=Path("runs/vote-matters"), help="where the copy goes (default: %(default)s)")

@@ -31,6 +31,7 @@ from .feedback.exchange import Exported, export, import_votes
 from .feedback.store import Store
 from .models.manifest import Adapter, is_adapter
 from .pipeline import Ledger, Say, in_own_process, in_this_process, made_of, recipe_class, stage_inputs, train
+from .progress import progress
 from .training.interrupt import Interruption
 from .training.work import has_saved, locked, read_json, work_directory, write_text
 
@@ -219,15 +220,24 @@ class Round:
                 (cast, silent), _ = self.call(cast_by, self.run, self.state["items"], judge)
                 self.say(f"votes: {cast} by {judge.who}" + (f", which said nothing of {silent}" if silent else ""))
             new = self._new_votes(store)
-            while wait and len(new) < self.wanted and not (file or judge):
-                time.sleep(POLL_SECONDS)
-                new = self._new_votes(store)
+            if wait and not (file or judge):
+                new = self._wait(store, new)
         finally:
             store.close()
         if not new or (len(new) < self.wanted and not (file or judge)):
             return len(new)
         self._export(new)
         return None
+
+    def _wait(self, store: Store, new: list[Vote]) -> list[Vote]:
+        if len(new) < self.wanted:
+            self.say(f"votes: waiting for {self.wanted}; to vote: instructlite app {self.run}")
+        with progress("round: votes", self.wanted, len(new)) as advance:
+            while len(new) < self.wanted:
+                time.sleep(POLL_SECONDS)
+                before, new = len(new), self._new_votes(store)
+                advance(len(new) - before)
+        return new
 
     def _new_votes(self, store: Store) -> list[Vote]:
         """Votes that no earlier round has used, but for items that measure voters."""
@@ -267,6 +277,8 @@ class Round:
         options = {
             stage: self.loop.options(stage) | {"seed": self.loop.options(stage)["seed"] + self.number} for stage in ("reward", "ppo")
         }
+        # People have judged the policy's own answers; and the adapter that is gone on from could give none.
+        options["reward"]["policy_samples"] = 0.0
         wired = {stage: stage_inputs(stage, self.loop, self.run) for stage in options}
         # The answers that were voted on are the policy's own already.
         wired["reward"] |= {"model": self.reward, "data": self.data / "reward.jsonl", "policy_samples": 0.0}

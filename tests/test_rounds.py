@@ -86,7 +86,9 @@ def test_a_round_waits_for_votes_then_learns_and_the_next_one_starts_from_its_po
     vote(run)
     first = run_round(run)
     assert first.report is not None
-    assert state(run)["votes"]["used"] == waiting.wanted
+    votes = state(run)["votes"]
+    assert votes["used"] + sum(votes["left_out"].values()) == votes["new"] == waiting.wanted
+    assert 0 < votes["used"] == votes["rankings"]
     reward, ppo = Adapter.load(first.directory / "reward"), Adapter.load(first.directory / "ppo")
     assert reward.manifest.parents == {"sft": before["sft"], "reward": before["reward"]}, "it goes on, not from scratch"
     assert ppo.manifest.parents == {"reward": reward.sha256, "sft": before["sft"], "policy": before["ppo"]}

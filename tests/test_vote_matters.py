@@ -19,7 +19,7 @@ model: {model}
 dtype: float32
 chat_template: chatml
 lora: {{r: 8, alpha: 16}}
-data: {{demonstrations: {here}/d.jsonl, comparisons: {here}/c.jsonl, heldout_demonstrations: 8, judge: 8, heldout: 40, prompt_limit: 16}}
+data: {{demonstrations: {here}/d.jsonl, comparisons: {here}/c.jsonl, heldout_demonstrations: 8, judge: 8, heldout: 40, prompt_limit: 32}}
 sft: {{training: {{per_device_train_batch_size: 8, max_steps: 8, learning_rate: 1e-3}}}}
 reward: {{training: {{per_device_train_batch_size: 8, max_steps: 8, learning_rate: 5e-3}}}}
 ppo:
