@@ -137,9 +137,26 @@ class RoleModel(PeftModelForCausalLM):
             for module, adapter, disabled in before:
                 module._active_adapter, module._disable_adapters = adapter, disabled
 
-    def mixed(self, roles: list[str | None]) -> AbstractContextManager[None]:
-        """Row i of the batch computes with roles[i]; eval mode only (PEFT refuses it in training)."""
-        return self._enable_peft_forward_hooks(adapter_names=[role or "__base__" for role in roles])
+    @contextmanager
+    def mixed(self, roles: list[str | None]) -> Iterator[None]:
+        """Row i of the batch computes with roles[i]; eval mode only.
+
+        What PEFT does with `adapter_names`, but without walking all modules twice: a step loop comes here at every token.
+        """
+        if self.training:
+            raise ValueError("adapters mix in eval mode only: dropout would be drawn for each of them")
+        if unknown := set(roles) - {None, *self.peft_config}:
+            raise KeyError(f"no role {unknown.pop()!r}; there are {', '.join(self.roles)}")
+        named = {"adapter_names": [role or "__base__" for role in roles]}
+        hooks = [
+            module.register_forward_pre_hook(lambda _, inputs, options: (inputs, options | named), with_kwargs=True)
+            for module in self._switchable
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def reactivation(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """`context_fn` of non-reentrant gradient checkpointing: recompute with the adapter of the forward pass.

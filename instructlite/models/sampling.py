@@ -117,7 +117,7 @@ def _drawn(sampling: Sampling) -> LogitsProcessorList:
 def _filters(sampling: Sampling) -> LogitsProcessorList:
     filters: list[LogitsProcessor] = []
     if sampling.temperature != 1:
-        filters.append(TemperatureLogitsWarper(sampling.temperature))
+        filters.append(TemperatureLogitsWarper(float(sampling.temperature)))  # it refuses whole numbers
     if sampling.top_k:
         filters.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
