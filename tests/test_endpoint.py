@@ -182,23 +182,24 @@ def test_no_json_and_pages_of_other_sites_are_refused(served):
 
 
 def test_who_leaves_ends_the_answer(served, monkeypatch):
-    lockstep, step = served.engine._lockstep, served.engine._lockstep.step
-    monkeypatch.setattr(lockstep, "step", lambda: (time.sleep(0.05), step()))
-    body = {"model": "base", "messages": ASK, "max_tokens": 64, "n": 8, "temperature": 3.0}
+    engine, gate, streams = served.engine, threading.Event(), []
+    step, submit = engine._lockstep.step, engine.submit
+    monkeypatch.setattr(engine._lockstep, "step", lambda: (gate.wait(60), step()))
+    monkeypatch.setattr(engine, "submit", lambda *given, **options: (streams.append(submit(*given, **options)), streams[-1])[1])
+    body = {"model": "base", "messages": ASK, "max_tokens": 64, "n": 2, "temperature": 3.0}
     url = f"{served.url}/v1/chat/completions"
-
-    def leave(_: int) -> str:
+    for _ in range(2):
         with httpx2.stream("POST", url, json=body | {"stream": True}, timeout=60) as reply:
-            return next(reply.iter_lines())
-
-    with ThreadPoolExecutor(3) as pool:
-        assert all(line.startswith("data: ") for line in pool.map(leave, range(3)))
+            assert next(reply.iter_lines()).startswith("data: ")
     with pytest.raises(httpx2.ReadTimeout):
         httpx2.post(url, json=body, timeout=httpx2.Timeout(60, read=0.3))
-    asked = list(served.engine._running) + list(served.engine._waiting)
-    while served.engine._running or served.engine._waiting:
+    deadline = time.monotonic() + 30
+    while not (len(streams) == 3 and all(stream.cancelled for stream in streams)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert "cancelled" in [finish for stream in asked for finish in stream.snapshot().finish]
+    cancelled = [stream.cancelled for stream in streams]
+    gate.set()
+    assert cancelled == [True] * 3
+    assert all(stream.result().finish for stream in streams)
 
 
 def test_too_many_are_turned_away_with_when_to_come_back(served, monkeypatch):
