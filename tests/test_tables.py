@@ -36,7 +36,7 @@ def test_the_table_of_instructgpt_has_its_measures_in_order():
     table = tables.side_effect_tables(full())[0]
     assert table.header == ["measure", "prompts", *NAMES]
     assert [row[:2] for row in table.rows] == [
-        ["toxicity ↓", "red-team"], ["truthfulness ↑", "truthfulqa"], ["hallucination ↓", "closed-domain"],
+        ["toxicity ↓", "red-team"], ["truthfulness ↑", "truthfulqa"], ["hallucination, by words ↓", "closed-domain"],
         ["appropriate as customer assistant ↑", "held-out"],
     ]  # fmt: skip
     assert table.rows[0][2:4] == ["0.050 [0.048, 0.052]", "0.052 [0.050, 0.054]"]
@@ -44,18 +44,55 @@ def test_the_table_of_instructgpt_has_its_measures_in_order():
 
 def test_one_measure_alone_makes_no_table_of_instructgpt():
     rows = [row for row in full().side_effects if row["measure"] == "toxicity"]
-    assert [table.caption[:27] for table in tables.side_effect_tables(report(side_effects=rows))] == ["Side effects by set of prom"]
+    assert [table.caption for table in tables.side_effect_tables(report(side_effects=rows))] == ["On red-team: ↓ lower is better, ↑ higher"]
+
+
+def test_instructgpts_measures_are_taken_where_they_mean_most():
+    """Of a measure on several sets, in several decodings, and of hallucination the judged one."""
+    found = full()
+    row = next(row for row in found.side_effects if row["measure"] == "toxicity")
+    first = [row | {"set": "held-out", "value": 0.9}, row | {"decoding": "greedy", "value": 0.9}]
+    judged = next(row for row in found.side_effects if row["measure"] == "hallucination") | {
+        "measure": "hallucination_judged",
+        "value": 0.7,
+    }
+    found.side_effects = [*first, *found.side_effects, judged]
+    table = tables.side_effect_tables(found)[0]
+    assert table.rows[0][1:3] == ["red-team", "0.050 [0.048, 0.052]"] and table.rows[2][:3] == [
+        "hallucination ↓",
+        "closed-domain",
+        "0.700 [0.384, 0.416]",
+    ]
+    judged["value"] = None
+    assert tables.side_effect_tables(found)[0].rows[2][0] == "hallucination, by words ↓"
 
 
 def test_side_effects_are_grouped_and_a_missing_cell_is_a_dash():
-    rows = [row for row in full().side_effects if row["candidate"] != "sft" or row["set"] != "prose"]
     whole = full()
-    whole.side_effects = rows
-    _, every, cases = tables.side_effect_tables(whole)
-    assert [row[1] for row in every.rows] == ["red-team", "truthfulqa", "closed-domain", "held-out", "prose", "held-out", "held-out"]
-    prose = next(row for row in every.rows if row[1] == "prose")
-    assert prose[every.header.index("sft")] == "–" and prose[every.header.index("base")] == "22.5 [21.6, 23.4]" and prose[-1] == "57"
+    whole.side_effects = [row for row in whole.side_effects if row["candidate"] != "sft" or row["set"] != "prose"]
+    _, *sets, cases = tables.side_effect_tables(whole)
+    assert [(table.caption.split(":")[0], len(table.rows)) for table in sets] == [
+        ("On red-team", 1), ("On truthfulqa", 1), ("On closed-domain", 1), ("On held-out", 3), ("On prose", 1),
+    ]  # fmt: skip
+    prose = sets[-1]
+    assert (
+        prose.rows[0] == ["perplexity ↓", "22.5 [21.6, 23.4]", "23.4 [22.5, 24.3]", "–", *prose.rows[0][4:]] and prose.rows[0][-1] == "57"
+    )
     assert cases.folded and cases.header[:3] == ["measure", "prompts", "use case"] and len(cases.rows) == 6
+    assert not any(table.folded for table in sets)
+    whole.side_effects = [row | {"measure": f"{row['measure']} {i}"} for i in range(9) for row in whole.side_effects]
+    assert all(table.folded for table in tables.side_effect_tables(whole))
+
+
+def test_a_best_of_n_of_somebody_else_has_no_distance_from_the_reference():
+    found = full()
+    best = next(row for row in found.candidates if row["kind"] == "best-of-n")
+    best["of"] = "ppo"
+    assert "best-of-4" not in [row[0] for row in tables.distance_tables(found)[0].rows]
+    assert [next(
+        row for row in tables.candidate_table(found).rows if row[0] == "best-of-4")[i] for i in (0, 1, 3)] == ["best-of-4", "best of 4 of ppo by the reward model", "≤ 0.64 to ppo"]  # fmt: skip
+    best["of"] = "sft"
+    assert "best-of-4" in [row[0] for row in tables.distance_tables(found)[0].rows]
 
 
 def test_rewards_over_the_reference_stand_by_their_distance_from_it():

@@ -84,23 +84,30 @@ HOW: tuple[tuple[str, str | None, str], ...] = (
 MEASURES: dict[str, tuple[str, str]] = {
     "perplexity": ("perplexity", "exp of the mean negative log-probability per token of the texts."),
     "toxicity": ("toxicity", "mean probability of toxic language by the scorer, over answers and prompts."),
+    "toxic_answers": ("toxic answers", "share of answers that the scorer gives at least one half."),
     "refusal": ("refusals", "share of answers that decline to answer, by their wording."),
     "distinct_1": ("distinct-1", "different tokens as a share of all, over all answers of a candidate."),
     "distinct_2": ("distinct-2", "different token pairs as a share of all, over all answers of a candidate."),
-    "self_bleu": ("self-BLEU", "BLEU of each answer against the others: high where a candidate repeats itself across prompts."),
+    "self_bleu": ("self-BLEU", "mean BLEU of each answer with the others as its references: high where a candidate says the same to all."),
     "repeated_trigrams": ("repeated trigrams", "share of token triples that stood before in the same answer."),
     "length": ("length", "tokens with the one that ends the answer."),
-    "entropy": ("entropy", "of the distribution of the next token, in nats, mean over the tokens of the candidate's own answers."),
+    "entropy": ("entropy", "mean negative log-probability per token of the candidate's own sampled answers, in nats."),
     "kl": ("KL to the reference", "nats an answer, over the candidate's own sampled answers."),
-    "exact_match": ("exact match", "share of answers equal to the reference, without case and punctuation."),
-    "bleu": ("BLEU", "sacrebleu's, against people's answers."),
+    "exact_match": ("exact match", "share of answers with the words of the reference; case, punctuation and articles aside."),
+    "bleu": ("BLEU", "sacrebleu's, of all answers together, against people's."),
     "rouge_l": ("ROUGE-L", "longest common subsequence with people's answers, F-measure."),
-    "bert_score": ("BERTScore", "similarity of contextual embeddings to people's answers, F1."),
-    "mauve": ("MAUVE", "how alike the distributions of answers and of people's texts are: 1 alike, 0 apart."),
-    "truthfulness": ("truthfulness", "share of answers, or of choices, that are true."),
-    "hallucination": ("hallucination", "share of answers to closed-domain prompts that say what the given text does not."),
-    "customer_assistant": ("appropriate as customer assistant", "share of answers that a customer assistant could give."),
-}
+    "bert_score": ("BERTScore", "similarity of contextual embeddings to those of people's answers, F1."),
+    "mauve": ("MAUVE", "how alike the distributions of answers and of people's are, by the base's own last hidden states: 1 alike, 0 apart."),
+    "truthfulness": (
+        "truthfulness", "MC1 of TruthfulQA: share of questions whose best answer has a higher log-probability than every false one.",
+    ),
+    "hallucination": (
+        "hallucination, by words",
+        "share of an answer's content words that the given text has not: a proxy, for comparing candidates on the same passages.",
+    ),
+    "hallucination_judged": ("hallucination", "share of answers that state what the given text does not support, as a language model judges."),
+    "customer_assistant": ("appropriate as customer assistant", "share of answers that a company could show its customers, as a language model judges."),
+}  # fmt: skip
 """Measure -> what it is called in a table, and how it was computed."""
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import tables
 from .advice import advice
+from .effects import effects
 from .formatting import CUT, Row, between, find, number, printable, shorten
 from .how import HOW, MEASURES
 
@@ -49,12 +50,12 @@ def sections(report: Report) -> Iterator[Section]:
     advised = [said[0].upper() + said[1:] for said in advice(report)]
     found = [
         Section("next", "What to do next", [advised] if advised else []),
-        Section("wins", "Win rates", [*tables.win_tables(report), *_warnings(report.win_rates)]),
+        Section("wins", "Win rates", [*tables.win_tables(report), *_warnings(_headlines(report))]),
         Section("candidates", "Candidates", _known(tables.candidate_table(report))),
         Section("strengths", "Strengths", [*tables.strength_tables(report)]),
         Section("decodings", "Sampled and greedy", _known(tables.text_table(report))),
         Section("judges", "Judges", [*tables.judge_tables(report), *_agreement(report), *_warnings(report.judges)]),
-        Section("effects", "Tax and side effects", [*tables.side_effect_tables(report)]),
+        Section("effects", "Tax and side effects", [*_clear(report), *tables.side_effect_tables(report)]),
         Section("benchmarks", "Benchmarks", [*tables.benchmark_tables(report)]),
         Section("distance", "Reward against KL", [*tables.distance_tables(report)]),
         *_trainings(report),
@@ -78,6 +79,20 @@ def _known(table: tables.Table | None) -> list[Part]:
 def _warnings(rows: Iterable[Row]) -> list[Part]:
     said = list(dict.fromkeys(f"{_about(row)}: {text}" for row in rows for text in row.get("warnings") or ()))
     return [said] if said else []
+
+
+def _headlines(report: Report) -> list[Row]:
+    """The win rates that the first words are about; the warnings of the others stand in report.json."""
+    return [row for row in report.win_rates if [row["a"], row["b"]] == report.headline]
+
+
+def _clear(report: Report) -> list[Part]:
+    """The effects that are clear of chance, in words."""
+    if not report.side_effects or not (found := effects(report)):
+        return []
+    a, b = report.headline
+    said = [f"{effect.name}: {effect.b} for {b}, {effect.a} for {a}, {'better' if effect.better else 'worse'}" for effect in found]
+    return ["Clear of chance are:", said]
 
 
 def _about(row: Row) -> str:

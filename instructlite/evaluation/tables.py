@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .curves import SHOWN, sparkline
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 MANY = 24  # rows of win rates; of more, those of pairs that the report is not about stand apart
 KINDS = {"few-shot": "base, with examples in the prompt", "context": "base, with context in the prompt", "merged": "merged model"}
 STAGES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO"}
-INSTRUCTGPT = ("toxicity", "truthfulness", "hallucination", "customer_assistant")
+INSTRUCTGPT = (("toxicity",), ("truthfulness",), ("hallucination_judged", "hallucination"), ("customer_assistant",))
+"""Its measures; where there are several, the first that was taken."""
+SETS = {"toxicity": "red-team", "hallucination_judged": "closed-domain", "hallucination": "closed-domain"}
+"""The prompts that a measure is about, where it was taken on them."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def _wins(report: Report, caption: str, rows: list[Row], folded: bool = False) -
         ]
         for row in rows
     ]  # fmt: skip
-    return _table(caption, header, texts, words=4, folded=folded)
+    return _table(caption, header, texts, words=4)
 
 
 def _needed(row: Row) -> str:
@@ -104,13 +107,13 @@ def candidate_table(report: Report) -> Table | None:
 def what(row: Row) -> str:
     """In words, what kind of candidate it is; empty where the name says it."""
     if row.get("kind") == "best-of-n":
-        return f"best of {row['n']} by the reward model" if row.get("n") else "best of n by the reward model"
+        return f"best of {row.get('n') or 'n'}{' of ' + row['of'] if row.get('of') else ''} by the reward model"
     return KINDS.get(row.get("kind") or "", STAGES.get(row.get("stage") or "", ""))
 
 
 def _kl(row: Row) -> str:
     if row.get("kl") is None and row.get("analytic_kl") is not None:
-        return f"≤ {number(row['analytic_kl'], 2)}"
+        return f"≤ {number(row['analytic_kl'], 2)}" + (f" to {row['of']}" if row.get("of") else "")
     error = row.get("kl_standard_error")
     return number(row.get("kl"), 2) + (f" ± {number(error, 2)}" if error else "")
 
@@ -164,45 +167,50 @@ def judge_tables(report: Report) -> list[Table]:
 
 
 def side_effect_tables(report: Report) -> list[Table]:
-    """InstructGPT's table first, then everything by set of prompts, then by use case."""
-    overall = [row for row in report.side_effects if not row.get("category")]
-    cases = [row for row in report.side_effects if row.get("category")]
-    every = _measures(report, "Side effects by set of prompts", overall)
-    return _some(_instructgpt(report, overall), every, _measures(report, "Side effects by use case", cases, folded=True))
+    """InstructGPT's table first, then one for each set of prompts, then one by use case; long ones are folded."""
+    known = [row for row in report.side_effects if row.get("value") is not None]
+    overall, cases = [row for row in known if not row.get("category")], [row for row in known if row.get("category")]
+    sets = [
+        _measures(report, f"On {name}", [row for row in overall if row["set"] == name])
+        for name in dict.fromkeys(row["set"] for row in overall)
+    ]
+    long = sum(len(table.rows) for table in sets) > MANY
+    by_case = _measures(report, "By use case", cases)
+    return _some(_instructgpt(report, overall), *(replace(table, folded=long) for table in sets), by_case and replace(by_case, folded=True))
 
 
 def _instructgpt(report: Report, rows: list[Row]) -> Table | None:
     """In the shape of table 1 and figure 4 of the InstructGPT paper (Ouyang et al. 2022): a row for each measure."""
-    wanted = [row for row in rows if row["measure"] in INSTRUCTGPT]
-    if len({row["measure"] for row in wanted}) < 2:
-        return None
-    names = [row["name"] for row in report.candidates]
-    texts = []
-    for measure in INSTRUCTGPT:
-        found = [row for row in wanted if row["measure"] == measure]
+    names, texts = [row["name"] for row in report.candidates], []
+    for measures in INSTRUCTGPT:
+        found = next((own for measure in measures if (own := [row for row in rows if row["measure"] == measure])), [])
+        found.sort(key=lambda row: (row["set"] != SETS.get(row["measure"]), row.get("decoding") == "greedy"))
         if found:
-            first = {key: found[0].get(key) for key in ("set", "decoding")}
-            cells = [_measured(find(found, candidate=name, **first)) for name in names]
-            texts.append([f"{measure_name(measure)}{_direction(found[0])}", found[0]["set"], *cells])
-    return _table("As InstructGPT was reported", ["measure", "prompts", *names], texts, words=2)
+            first = found[0]
+            same = [row for row in found if (row["set"], row.get("decoding")) == (first["set"], first.get("decoding"))]
+            label = f"{measure_name(first['measure'])}{_direction(first)}"
+            texts.append([label, first["set"], *(_measured(find(same, candidate=name)) for name in names)])
+    return _table("As InstructGPT was reported", ["measure", "prompts", *names], texts, words=2) if len(texts) > 1 else None
 
 
-def _measures(report: Report, caption: str, rows: list[Row], folded: bool = False) -> Table | None:
+def _measures(report: Report, caption: str, rows: list[Row]) -> Table | None:
     """A row for each measure and decoding, a column for each candidate."""
     names = [row["name"] for row in report.candidates]
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["set"], row.get("category"), row["measure"], row.get("decoding")), []).append(row)
-    single = len({decoding for *_, decoding in groups}) == 1
+    single, by_case = len({decoding for *_, decoding in groups}) == 1, any(category for _, category, *_ in groups)
     texts = []
     for (prompts, category, measure, decoding), found in groups.items():
         unit = f", {found[0]['unit']}" if found[0].get("unit") else ""
         cells = [_measured(find(found, candidate=name)) for name in names]
         count = plain(max((row["n"] for row in found if row.get("n")), default=None))
         way = "" if single else decoding_name(report, decoding)
-        texts.append([f"{measure_name(measure)}{unit}{_direction(found[0])}", prompts, category or "", way, *cells, count])
+        texts.append(
+            [f"{measure_name(measure)}{unit}{_direction(found[0])}", prompts if by_case else "", category or "", way, *cells, count]
+        )
     header = ["measure", "prompts", "use case", "decoding", *names, "n"]
-    return _table(f"{caption}: ↓ lower is better, ↑ higher", header, texts, words=4, folded=folded)
+    return _table(f"{caption}: ↓ lower is better, ↑ higher", header, texts, words=4)
 
 
 def _direction(row: Row) -> str:
@@ -246,9 +254,10 @@ def cost_tables(report: Report) -> list[Table]:
 
 
 def distances(report: Report) -> list[tuple[Row, float]]:
-    """Candidates with their KL to the reference in nats: measured, or best-of-n's analytic bound."""
-    known = [(row, row.get("kl") if row.get("kl") is not None else row.get("analytic_kl")) for row in report.candidates]
-    return [(row, kl) for row, kl in known if kl is not None]
+    """Candidates with their KL to the reference in nats: measured, or the analytic bound of its best-of-n."""
+    known = ((row, row.get("kl"), row.get("analytic_kl")) for row in report.candidates)
+    own = ((row, bound if kl is None and row.get("of", report.reference) == report.reference else kl) for row, kl, bound in known)
+    return [(row, kl) for row, kl in own if kl is not None]
 
 
 def gain_over_reference(report: Report, candidate: str, judge: str) -> Row | None:
