@@ -48,7 +48,7 @@ def evaluate(
         int | None, typer.Option(help="Ask each language model no more often, earlier answers included; the rest is missing.", min=1)
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where report.html, report.md and report.json go.", show_default="RUN/report")] = None,
 ) -> None:
     """Write the report of a run anew, or compare adapters of one base. What was answered and judged before is kept."""
     from ..commands.running import run_stages
@@ -86,7 +86,7 @@ def evaluate(
 
         report = compare(candidates, judge=judges, output_dir=output, **options, **({} if samples is None else {"samples": samples}))
     print(report)
-    print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
+    print(f"\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
 
 
 def _judge(name: str, output: Path, key_env: str | None, max_requests: int | None) -> "str | LanguageModelJudge":
