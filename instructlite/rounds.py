@@ -280,8 +280,7 @@ class Round:
         # People have judged the policy's own answers; and the adapter that is gone on from could give none.
         options["reward"]["policy_samples"] = 0.0
         wired = {stage: stage_inputs(stage, self.loop, self.run) for stage in options}
-        # The answers that were voted on are the policy's own already.
-        wired["reward"] |= {"model": self.reward, "data": self.data / "reward.jsonl", "policy_samples": 0.0}
+        wired["reward"] |= {"model": self.reward, "data": self.data / "reward.jsonl"}
         reference = {"reference": self.run / "sft"} if self.options.reference == "sft" and self.last != "sft" else {}
         wired["ppo"] |= {"model": self.policy, **reference, "reward": self.directory / "reward", "data": self.data / "prompts.jsonl"}
         for stage in options:
