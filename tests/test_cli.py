@@ -136,6 +136,10 @@ def test_evaluate_of_adapters_needs_prompts_a_judge_and_a_place(run_cli, monkeyp
         "side_effects": False,
     }
     assert result.out.startswith("a table\n")
+    given.clear()
+    more = ["--demonstrations", "d", "--reward", "r"]
+    run_cli("evaluate", "few-shot:4", "a", "best-of-4", "--prompts", "p", "--judge", "j", "--output", tmp_path, *more)
+    assert (given["demonstrations"], given["reward"]) == (Path("d"), "r")
     assert "--votes are about a run, and base is none" in run_cli("evaluate", "base", "a", "--full").err
 
 

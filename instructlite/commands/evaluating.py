@@ -44,6 +44,10 @@ def evaluate(
     votes: Annotated[bool, typer.Option("--votes", help="Of a run: count people's blind votes (votes.sqlite) as a judge.")] = False,
     side_effects: Annotated[bool, typer.Option("--side-effects", help="Measure toxicity, truth, repetition … (--full does).")] = False,
     key_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Where an endpoint's key is.")] = None,
+    demonstrations: Annotated[Path | None, typer.Option(help="What few-shot shows (JSONL).", show_default="the run's")] = None,
+    reward: Annotated[
+        str | None, typer.Option(metavar="ADAPTER", help="What best-of-n chooses by; never the judge.", show_default="the run's reward")
+    ] = None,
     max_requests: Annotated[
         int | None, typer.Option(help="Ask each language model no more often, earlier answers included; the rest is missing.", min=1)
     ] = None,
@@ -57,7 +61,8 @@ def evaluate(
     run = Path(candidates[0])
     is_run = len(candidates) == 1 and (run / "recipe.yaml").is_file()
     given = [] if samples is None else [f"evaluation.samples={samples}"]
-    if is_run and not (named or full or prompts or judge or rate or votes or side_effects or output):
+    special = (named, full, prompts, judge, rate, votes, side_effects, demonstrations, reward, output)
+    if is_run and not any(special):
         run_stages(load_loop(run / "recipe.yaml", given), run, "report")
         return
     if not is_run and (named or full or votes):
@@ -70,7 +75,7 @@ def evaluate(
     options: dict[str, Any] = {
         "ratings": rate or [],
         "side_effects": side_effects or full,
-        **({} if prompts is None else {"data": prompts}),
+        **{name: path for name, path in (("data", prompts), ("demonstrations", demonstrations), ("reward", reward)) if path is not None},
     }
     output = output or run / "report"
     judges = judge and [_judge(one, output, key_env, max_requests) for one in judge]

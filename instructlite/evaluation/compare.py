@@ -423,7 +423,9 @@ def _chooser(candidates: list[Candidate], reward: Model | None) -> RewardJudge |
     if best is None:
         return None
     if reward is None:
-        raise InstructLiteError(f"{best.name}: the best by which reward model? Give reward=, the one that was trained on (never the judge)")
+        raise InstructLiteError(
+            f"{best.name}: the best by which reward model? Give reward=ADAPTER (--reward), the one that was trained on, never the judge"
+        )
     return reward_judge(reward, "chooser")
 
 
@@ -439,7 +441,7 @@ def _shots(candidates: list[Candidate], demonstrations: Source | None) -> list[d
     if shown is None:
         return []
     if demonstrations is None:
-        raise InstructLiteError(f"{shown.name}: give demonstrations=, those that SFT was trained on")
+        raise InstructLiteError(f"{shown.name}: give demonstrations= (--demonstrations), those that SFT was trained on")
     return read_records(demonstrations, "demonstrations")
 
 
