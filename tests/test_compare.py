@@ -559,4 +559,5 @@ def test_an_ensemble_judges_by_the_mean_of_its_members(wide):
         scores = [answer["scores"] for answer in entry["answers"]]
         assert len({found["both"] for found in scores}) > 1
     assert row(wide.judges, name="both")["kind"] == "ensemble" and row(wide.judges, name="judge")["kind"] == "reward"
-    assert row(wide.judges, name="both")["trained"] == ["ppo"], "one of its members did"
+    assert row(wide.judges, name="both")["trained"] == ["best-of-4", "ppo"], "one of its members did, or chose the answers"
+    assert row(wide.judges, name="judge")["not_trained"] == ["best-of-4", "ppo"]

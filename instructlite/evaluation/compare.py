@@ -271,7 +271,6 @@ class Comparison:
     ) -> Report:  # fmt: skip
         self.score(decodings)
         base, names = self.model.model.base, tuple(c.name for c in self.headline) if self.headline else None
-        adapters = {candidate.name: candidate.adapter for candidate in self.candidates if candidate.adapter}
         reference = self.reference.name if self.reference else None
         judging = Judging(self.judges, decodings, [row for row, _ in self.prompts], names, reference, self.seed)
         with _phase(self.seconds, "language models judge"):
@@ -286,7 +285,7 @@ class Comparison:
             reference=reference,
             headline=list(names) if names else None,
             candidates=[self._candidate(c, rewards, texts, kl, perplexities) for c in self.candidates],
-            judges=[judge.to_dict(adapters) | self._accuracy(judge, judged) | judging.heard(judge) for judge in self.judges],
+            judges=[judge.to_dict(self._rewarded_by()) | self._accuracy(judge, judged) | judging.heard(judge) for judge in self.judges],
             win_rates=win_rates,
             rewards=rewards,
             texts=texts,
@@ -300,6 +299,15 @@ class Comparison:
             ratings=rated,
             costs=[cost for candidate in self.candidates if (cost := candidate.cost())],
         )
+
+    def _rewarded_by(self) -> dict[str, set[str]]:
+        """By candidate the hashes of the reward models that it was trained on, or that its answers are chosen by."""
+        trained = {c.name: c.adapter.manifest.parents.get("reward") for c in self.candidates if c.adapter}
+        found = {name: {sha256} if sha256 else set() for name, sha256 in trained.items()}
+        for candidate in self.candidates:
+            if candidate.kind == "best-of-n":
+                found.setdefault(candidate.name, set()).update(member.sha256 for member in self.chooser.members)
+        return found
 
     def _accuracy(self, judge: Judge, comparisons: list[dict]) -> dict[str, Any]:
         """How often a judge prefers what people preferred, where there are comparisons, and its own training has not measured it."""
