@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import data, evaluating, planning, pushing, running, votes
+from .commands import benchmarking, data, evaluating, planning, pushing, running, votes
 from .errors import BadRecords, InstructLiteError
 from .training.interrupt import Interruption
 from .training.work import is_main_process, launched
@@ -27,6 +27,7 @@ app.command("recipes")(running.show_recipes)
 app.add_typer(data.app, name="data")
 app.add_typer(votes.app, name="votes")
 app.command()(evaluating.evaluate)
+app.command()(benchmarking.benchmark)
 app.command()(planning.plan)
 app.command()(pushing.push)
 

@@ -183,6 +183,8 @@ def prepare_data(options: DataOptions, directory: Path, ptx: Mapping[str, str | 
     return ", ".join(f"{len(parts[name])} {name.replace('_', ' ')}" for name in names)
 
 
+EVALUATED = ("context", "reference", "category")
+"""Columns of held-out comparisons: what the candidate "context" is shown, what judges may compare with, and the use case."""
 FILES = ("demonstrations", "heldout_demonstrations", "reward", "judge", "heldout", "prompts", "heldout_prompts")
 
 
@@ -231,8 +233,12 @@ def _by_answer_length(records: list[dict], characters: int | None) -> tuple[list
 
 
 def _prompts(records: list[dict], characters: int | None, columns: bool = False) -> list[dict]:
-    """The different conversations of the records, in order, but for those that are too long; with their other columns or without."""
-    rows = {json.dumps(row["prompt"]): row if columns else {"prompt": row["prompt"]} for row in records}.values()
+    """The different conversations of the records, in order, but for those that are too long; with all of their other columns, or with
+    those that evaluation knows."""
+    rows = {
+        json.dumps(row["prompt"]): {name: value for name, value in row.items() if columns or name in ("prompt", *EVALUATED)}
+        for row in records
+    }.values()
     return [row for row in rows if characters is None or sum(len(turn["content"]) for turn in row["prompt"]) <= characters]
 
 

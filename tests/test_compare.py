@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import byte_tokenizer
+from endpoints import Reply, stand_in
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,7 +22,9 @@ from instructlite.config import Lora
 from instructlite.errors import InstructLiteError
 from instructlite.evaluation import kept
 from instructlite.evaluation.compare import Comparison
+from instructlite.evaluation.judges import language_model
 from instructlite.evaluation.judging import Decoding
+from instructlite.evaluation.report import Report
 from instructlite.models.base import load_base, lora_config
 from instructlite.models.manifest import Adapter, write_manifest
 from instructlite.models.roles import RoleModel
@@ -372,15 +376,10 @@ def test_few_shot_answers_what_the_base_answers_after_the_demonstrations(wide, t
     assert texts(wide, candidate="base", decoding="greedy") != expected
 
 
-def test_a_context_changes_the_answers_to_its_prompt_only(wide):
-    base, context = (texts(wide, candidate=name, decoding="greedy") for name in ("base", "context"))
-    assert [a == b for a, b in zip(base, context, strict=True)] == ["tree" not in prompt["prompt"] for prompt in PROMPTS]
-
-
 def test_the_best_of_n_is_what_the_training_reward_model_scores_highest(wide, runs, tmp_path):
     shutil.copytree(runs / "sft", tmp_path / "best-of-4")  # of one name and the same weights: the same answers are drawn
     all_drawn = evaluate([tmp_path / "best-of-4"], PROMPTS, runs / "reward", samples=8, max_new_tokens=8, greedy=False)
-    best, by_judge = [], []
+    best = []
     for entry in all_drawn.answers:
         answers = entry["answers"]
         for part in (answers[:4], answers[4:]):
@@ -489,3 +488,62 @@ def test_another_seed_adapter_or_length_is_drawn_anew(runs, computed, tmp_path):
         computed.clear()
         evaluate([tmp_path / "mine"], **run, **options)
         assert computed["generate"] == 2 * len(PROMPTS)
+
+
+def test_a_merged_model_answers_as_its_adapter_and_is_judged_beside_it(runs, tiny_path, tmp_path):
+    plain_model(tiny_path, runs / "ppo").merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = load_base(tiny_path, chat_template="chatml").tokenizer.chat_template
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path / "merged")
+    found = evaluate(
+        [runs / "sft", runs / "ppo", tmp_path / "merged"], PROMPTS, runs / "judge", heldout_demonstrations=DEMONSTRATIONS, **FAST
+    )
+    assert row(found.candidates, name="merged")["kind"] == "merged"
+    assert texts(found, candidate="merged", decoding="greedy") == texts(found, candidate="ppo", decoding="greedy")
+    ppo, merged = (row(found.candidates, name=name) for name in ("ppo", "merged"))
+    assert merged["perplexity"] == pytest.approx(ppo["perplexity"], rel=1e-3) and merged["kl"] > 0
+    (tmp_path / "merged" / "chat_template.jinja").write_text(tokenizer.chat_template + " ")
+    with pytest.raises(InstructLiteError, match="merged: its template is not that of"):
+        evaluate([runs / "sft", tmp_path / "merged"], PROMPTS, runs / "judge", **FAST)
+
+
+# --- judges that are asked --------------------------------------------------------------------------------------------------
+
+
+COMPARISONS = [{"prompt": f"Ask {i}", "chosen": "good" if i % 4 else "bad", "rejected": "bad" if i % 4 else "good"} for i in range(12)]
+
+
+def test_a_language_model_at_an_endpoint_judges_and_is_judged_and_is_asked_once(runs, computed, tmp_path):
+    def prefers_good(prompt, before):
+        if "User: Sing!" in prompt:
+            return Reply(b"", status=500)  # never any better
+        if before == 0 and "User: Hi" in prompt:
+            return Reply(b"{")  # better the second time
+        a, b = (re.search(rf"\[Answer {place}\]\n(.*?)\n?\[End of", prompt, re.DOTALL)[1] for place in "AB")
+        return f"[[{'A' if a > b else 'B'}]]"  # 'good' > 'bad'
+
+    run = {"candidates": ["base", runs / "sft"], "data": PROMPTS, "comparisons": COMPARISONS, "output_dir": tmp_path, **FAST}
+    with stand_in(prefers_good) as server:
+        ask = lambda: language_model(f"llm:m@{server.url}", tmp_path / "verdicts.sqlite", retries=1)  # noqa: E731
+        found = evaluate(**run, judge=[runs / "reward", ask()])
+        asked = len(server.asked)
+        again = evaluate(**run, judge=[runs / "reward", ask()])
+        assert all("Sing!" in prompt for prompt in server.prompts[asked:]), "what came is kept, what did not come is asked again"
+    named = row(found.judges, name="m")
+    assert (named["kind"], named["adapter"], named["accuracy"], named["pairs"]) == ("language model", None, 0.75, 12)
+    assert named["accuracy_low"] < 0.75 < named["accuracy_high"] and named["missing"] == 3
+    win = row(found.win_rates, judge="m", decoding="sampled")
+    assert (win["prompts"], win["missing"], win["gain"]) == (4, 2, None)
+    assert again.win_rates == found.win_rates
+    measured = row(found.judges, name="reward")["accuracy"]
+    assert 0 <= measured <= 1, "a reward model without an accuracy of its own is judged on the same comparisons"
+    assert Report.load(tmp_path).judges == found.judges
+
+
+def test_an_ensemble_judges_by_the_mean_of_its_members(wide):
+    for entry in wide.answers:
+        scores = [answer["scores"] for answer in entry["answers"]]
+        assert len({found["both"] for found in scores}) > 1
+    assert row(wide.judges, name="both")["kind"] == "ensemble" and row(wide.judges, name="judge")["kind"] == "reward"
+    assert row(wide.judges, name="both")["trained"] == ["ppo"], "one of its members did"

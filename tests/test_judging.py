@@ -35,7 +35,7 @@ def fair(prompt: str) -> str:
 def decodings(prompts=10, samples=2, reward_judges=("judge",)):
     """Every fifth prompt goes against the order of the candidates; greedy answers are better. A plus is worth one point."""
     found = []
-    for decoding, count, bonus in (("sampled", samples, 0), ("greedy", 1, 2)):
+    for decoding, count, bonus in (("sampled", samples, 0), ("greedy", 1, 1)):
         one = Decoding(decoding, Sampling(), count)
         for name, good in QUALITY.items():
             points = np.repeat([(4 - good if number % 5 == 0 else good) + bonus for number in range(prompts)], count)
@@ -75,10 +75,10 @@ def test_a_language_model_and_a_reward_model_that_see_the_same_say_the_same():
 
 def test_sampled_answers_against_greedy_ones_separate_sharpening():
     rows = judging(reward(), judge(fair)).win_rates()
-    assert rows[0]["a"], rows[0]["b"] == ("ppo", "sft")
+    assert (rows[0]["a"], rows[0]["b"]) == ("ppo", "sft")
     for name in ("judge", "m"):
         crossed = row(rows, a="ppo", b="sft", judge=name, decoding="sampled", b_decoding="greedy")
-        assert crossed["rate"] == 0.0, "the greedy answers of sft are better than what ppo samples"
+        assert crossed["rate"] == pytest.approx(0.4), "greedy answers of sft are about as good as what ppo samples"
     assert row(rows, a="base", b="sft", judge="judge", decoding="sampled", b_decoding="greedy")["rate"] == pytest.approx(0.1)
     assert not [r for r in rows if r.get("b_decoding") and (r["a"], r["judge"]) == ("base", "m")], "asked about the headline only"
     assert ["b_decoding" in r for r in rows] == sorted("b_decoding" in r for r in rows)
@@ -115,8 +115,8 @@ def test_too_wide_an_interval_says_how_many_prompts_it_would_take():
     rate = row(judging(reward()).win_rates(), a="ppo", b="sft", judge="judge", decoding="sampled")
     assert rate["prompts_needed"] > 200
     assert f"about {rate['prompts_needed']} prompts would bring it to 0.05" in rate["warnings"][-1]
-    sure = row(judging(reward(), prompts=1000).win_rates(), a="ppo", b="sft", judge="judge", decoding="sampled")
-    assert not sure["warnings"] and sure["low"] > 0.75
+    sure = row(judging(reward(), prompts=150).win_rates(), a="ppo", b="sft", judge="judge", decoding="sampled")
+    assert not sure["warnings"] and sure["low"] > 0.7
 
 
 def test_length_is_controlled_on_reward_models_too():

@@ -42,6 +42,7 @@ def evaluate(
         typer.Option(metavar="SCALE", help="Language models rate each answer, too: pointwise (1-10) or likert (1-7)."),
     ] = None,
     votes: Annotated[bool, typer.Option("--votes", help="Of a run: count people's blind votes (votes.sqlite) as a judge.")] = False,
+    side_effects: Annotated[bool, typer.Option("--side-effects", help="Measure toxicity, truth, repetition … (--full does).")] = False,
     key_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Where an endpoint's key is.")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
@@ -53,7 +54,7 @@ def evaluate(
     run = Path(candidates[0])
     is_run = len(candidates) == 1 and (run / "recipe.yaml").is_file()
     given = [] if samples is None else [f"evaluation.samples={samples}"]
-    if is_run and not (named or full or prompts or judge or rate or votes or output):
+    if is_run and not (named or full or prompts or judge or rate or votes or side_effects or output):
         run_stages(load_loop(run / "recipe.yaml", given), run, "report")
         return
     if not is_run and (named or full or votes):
@@ -63,7 +64,11 @@ def evaluate(
     from ..training.recipe import quiet_libraries
 
     quiet_libraries()
-    options: dict[str, Any] = {"ratings": rate or [], **({} if prompts is None else {"data": prompts})}
+    options: dict[str, Any] = {
+        "ratings": rate or [],
+        "side_effects": side_effects or full,
+        **({} if prompts is None else {"data": prompts}),
+    }
     output = output or run / "report"
     judges = judge and [_judge(one, output, key_env) for one in judge]
     if is_run:

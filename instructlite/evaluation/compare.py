@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,14 @@ from ..progress import Advance, progress
 from . import statistics
 from .candidates import Candidate, Model, Prompting, candidates_of
 from .curves import training_of
-from .judges import SCALES, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
+from .judges import ACCURACY, SCALES, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
 from .judging import Decoding, Judging, Match, flat
 from .kept import FILE, Asked, Kept, KeptModel
 from .metrics import distinct, kl_per_answer, perplexity, repeated
+from .prompt_sets import PromptSet, category_in
 from .report import Report
+from .side_effects import Answered, SideEffects
+from .side_effects import side_effects as measure_side_effects
 
 SHOWN_LOSSES, SHOWN_OTHERS = 4, 4
 MOST_COMPARISONS = 200  # of people, that a language model is asked about in both orders
@@ -58,6 +61,7 @@ def evaluate(
     comparisons: Source | None = None,
     votes: Sequence[Mapping[str, Any]] = (),
     ratings: Sequence[Scale] = (),
+    side_effects: bool | SideEffects = False,
     output_dir: str | Path | None = None,
 ) -> Report:
     """Compare candidates on held-out prompts.
@@ -72,7 +76,8 @@ def evaluate(
     heldout_demonstrations: people's answers, for the perplexity. demonstrations: what few-shot shows. reward: the reward adapter
     that best-of-n chooses by. comparisons: people's, on which judges are judged that have no accuracy from their own training.
     votes: people's on the candidates' answers, rows as People.of takes them. ratings: scales on which language models rate each
-    answer. Rows of `data` may carry a `context`, and a `reference` to judge by. output_dir: see `Report.save`; what was drawn,
+    answer. side_effects: toxicity, made-up answers, what was forgotten … on prompts of their own, see side_effects.py (True: all that
+    needs no more). Rows of `data` may carry a `context`, and a `reference` to judge by. output_dir: see `Report.save`; what was drawn,
     scored and said is kept there, too.
 
     Raises InstructLiteError for adapters that are damaged or of different bases, and where no prompt is left.
@@ -80,7 +85,7 @@ def evaluate(
     _check(temperature, ratings, samples=samples, max_new_tokens=max_new_tokens, batch_size=batch_size, prompts=prompts)
     directory = None if output_dir is None else Path(output_dir)
     entrants, judges = candidates_of(candidates), judges_of(judge, None if directory is None else directory / VERDICTS)
-    chooser = _chooser(entrants, reward)
+    chooser, effects = _chooser(entrants, reward), _effects(side_effects, judges)
     rows = read_records(data, "prompts")
     shots = _shots(entrants, demonstrations)
     judged = [] if comparisons is None else _comparisons(comparisons)
@@ -101,12 +106,14 @@ def evaluate(
     decodings += [Decoding("greedy", Sampling(max_new_tokens, 0.0), 1)] if greedy else []
     for decoding in decodings:
         run.answer(decoding)
-    # 4. KL to the reference on own answers, perplexity on people's  5. Judges, and the report
+    # 4. Side effects, KL to the reference on own answers, perplexity on people's  5. Judges, and the report
     settings = {
         **counts, "samples": samples, "temperature": temperature, "greedy": greedy, "max_new_tokens": max_new_tokens,
         "max_prompt_length": max_prompt_length, "batch_size": batch_size, "seed": seed, **_counted("heldout_demonstrations", heldout),
     }  # fmt: skip
+    measured = run.side_effects(effects, decodings, heldout) if effects else []
     report = run.report(decodings, settings, run.kl(decodings[0]), run.perplexity(heldout) if heldout else {}, judged, ratings)
+    report.side_effects = measured
     if output_dir is not None:
         report.save(output_dir)
     return report
@@ -190,7 +197,7 @@ class Comparison:
         for candidate in self.candidates:
             if candidate.kind in ("adapter", "merged") and candidate is not self.reference and self.reference:
                 sequences, label = self.sequences(decoding, candidate.name), f"KL of {candidate.name}"
-                own = self._log_probs([candidate, self.reference], sequences, label, temperature=decoding.sampling.temperature)
+                own = self.log_probs_of([candidate, self.reference], sequences, label, temperature=decoding.sampling.temperature)
                 estimates[candidate.name] = kl_per_answer(*own.values()).reshape(len(self.prompts), decoding.samples)
         return estimates
 
@@ -202,11 +209,11 @@ class Comparison:
             members = list(group)
             completions = [self.model.model.base.encode_completion(row["completion"]) for row in demonstrations]
             sequences = [(self.prompting.ids(members[0], row), ids) for row, ids in zip(demonstrations, completions, strict=True)]
-            by_name = self._log_probs(members, sequences, "perplexity" if shown is None else f"perplexity, {members[0].name}")
+            by_name = self.log_probs_of(members, sequences, "perplexity" if shown is None else f"perplexity, {members[0].name}")
             found |= {name: perplexity(own) for name, own in by_name.items()}
         return found
 
-    def _log_probs(self, candidates: list[Candidate], sequences: list, label: str, **options: Any) -> dict[str, list]:
+    def log_probs_of(self, candidates: Sequence[Candidate], sequences: Sequence, label: str, **options: Any) -> dict[str, list]:
         """By candidate, in their order; those in the one base together."""
         inside = list(dict.fromkeys(candidate.role for candidate in candidates if candidate.kind != "merged"))
         by_role = self.model.log_probs(inside, sequences, label, **options)
@@ -218,6 +225,30 @@ class Comparison:
             else:
                 found[candidate.name] = by_role[candidate.role]
         return found
+
+    # --- what side effects are measured with ------------------------------------------------------------------------
+
+    @property
+    def roles(self) -> RoleModel:
+        return self.model.model
+
+    def prompt_ids(self, candidate: Candidate, row: dict) -> list[int]:
+        return self.prompting.ids(candidate, row)
+
+    def answers_to(self, rows: Sequence[dict], sampling: Sampling, samples: int, name: str) -> dict[str, list[list[int]]]:
+        """Everybody's answers to other prompts, prompt by prompt."""
+        decoding = Decoding(name, sampling, samples)
+        replace(self, prompts=[(row, self.roles.base.encode_prompt(row["prompt"])) for row in rows]).answer(decoding)
+        return decoding.answers
+
+    def side_effects(self, options: SideEffects, decodings: list[Decoding], demonstrations: list[dict] | None) -> list[dict[str, Any]]:
+        rows = [
+            {"prompt": row["prompt"], "completion": row.get("reference"), "category": category_in(row, "prompts")}
+            for row, _ in self.prompts
+        ]
+        known = PromptSet("held-out", rows)
+        held_out = [Answered(known, one.name, one.sampling, one.samples, one.answers) for one in decodings]
+        return measure_side_effects(self, options, decodings[0].sampling, held_out=held_out, demonstrations=demonstrations)
 
     def _model_of(self, merged: str | None) -> KeptModel:
         """Of a merged model its own, one of them at a time beside the base; None: the base with all adapters."""
@@ -244,9 +275,10 @@ class Comparison:
         adapters = {candidate.name: candidate.adapter for candidate in self.candidates if candidate.adapter}
         reference = self.reference.name if self.reference else None
         judging = Judging(self.judges, decodings, [row for row, _ in self.prompts], names, reference, self.seed)
-        with _phase(self.seconds, "judging"):
-            win_rates, strengths, agreement = judging.win_rates(), judging.strengths(), judging.agreement()
-            rated = judging.ratings(ratings)
+        with _phase(self.seconds, "language models judge"):
+            total, rated = judging.rates, judging.ratings(ratings)  # they are asked before the next bar stands
+        with _phase(self.seconds, "win rates", total) as advance:
+            win_rates, strengths, agreement = judging.win_rates(advance), judging.strengths(), judging.agreement()
         rewards = [self._reward(d, judge, name) for d in decodings for judge in self._measures for name in d.answers]
         texts = [self._text(d, name) for d in decodings for name in d.answers]
         return Report(
@@ -275,7 +307,8 @@ class Comparison:
         if not comparisons or isinstance(judge, People) or judge.to_dict({})["accuracy"] is not None:
             return {}
         if isinstance(judge, LanguageModelJudge):
-            return judge.accuracy(comparisons, seed=self.seed)
+            found = judge.accuracy(comparisons, seed=self.seed)
+            return {name: found[name] for name in ACCURACY}
         base, sides = self.model.model.base, ("chosen", "rejected")
         sequences = [(base.encode_prompt(row["prompt"]), base.encode_completion(row[side])) for side in sides for row in comparisons]
         scores = judge.combined(self.model.scores(judge.roles, sequences, f"accuracy of {judge.name}")).reshape(2, -1)
@@ -369,6 +402,16 @@ def _check(temperature: float, ratings: Sequence[str], **counts: int | None) -> 
         raise InstructLiteError(f"temperature={temperature}: must be above 0; greedy=True adds greedy answers")
     if unknown := [scale for scale in ratings if scale not in SCALES]:
         raise InstructLiteError(f"ratings: no scale '{unknown[0]}'; there are {', '.join(SCALES)}")
+
+
+def _effects(wanted: bool | SideEffects, judges: Sequence[Judge]) -> SideEffects | None:
+    """With the first language model among the judges where no other is named; None: not wanted."""
+    if not wanted:
+        return None
+    options = SideEffects() if isinstance(wanted, bool) else wanted
+    options.check()
+    asked = next((judge for judge in judges if isinstance(judge, LanguageModelJudge)), None)
+    return options if options.judge else replace(options, judge=asked)
 
 
 def _counted(name: str, rows: list[dict] | None) -> dict[str, Any]:

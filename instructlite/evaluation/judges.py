@@ -118,9 +118,10 @@ class LanguageModelJudge:
         return self.prompts.message(f"{scale}_reference", reference=item.reference, **values)
 
     def accuracy(self, comparisons: Sequence[Mapping], *, seed: int = 0) -> dict[str, Any]:
-        """How often it prefers what people preferred, a tie counting half, with the interval."""
+        """How often it prefers what people preferred, a tie counting half; with the interval, and what is wrong with the judge."""
         verdicts = self.compare([Pair(row["prompt"], row["chosen"], row["rejected"]) for row in comparisons])
-        return accuracy(comparisons, [np.nan if outcome is None else outcome for outcome in verdicts.outcomes], seed=seed)
+        found = accuracy(comparisons, [np.nan if outcome is None else outcome for outcome in verdicts.outcomes], seed=seed)
+        return verdicts.measured() | {"warnings": verdicts.warnings()} | found
 
 
 def accuracy(comparisons: Sequence[Mapping], won: Sequence[float], *, seed: int = 0) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -82,7 +82,7 @@ class Judging:
 
     @cached_property
     def verdicts(self) -> dict[str, dict[Match, Verdicts]]:
-        """What the language models say, all asked at once; sampled against greedy answers only for the headline."""
+        """By language model what it says, each asked everything at once; sampled against greedy answers only for the headline."""
         found = {}
         for judge in self.judges:
             if isinstance(judge, LanguageModelJudge):
@@ -131,14 +131,29 @@ class Judging:
 
     # --- rows of the report -----------------------------------------------------------------------------------------
 
-    def contests(self, judge: Judge) -> dict[Match, Contest]:
+    def _matches_of(self, judge: Judge) -> list[Match]:
         if isinstance(judge, People):
-            return {Match(c.a, c.b, decoding, decoding): c for decoding, c in judge.contests}
-        matches = self.matches() if isinstance(judge, RewardJudge) else self.verdicts[judge.name]
+            return [Match(contest.a, contest.b, decoding, decoding) for decoding, contest in judge.contests]
+        return self.matches() if isinstance(judge, RewardJudge) else list(self.verdicts[judge.name])
+
+    def contests(self, judge: Judge) -> dict[Match, Contest]:
+        matches = self._matches_of(judge)
+        if isinstance(judge, People):
+            return dict(zip(matches, (contest for _, contest in judge.contests), strict=True))
         return {match: self.contest(judge, match) for match in matches}
 
-    def win_rates(self) -> list[Row]:
-        rows = [self._win_rate(judge, match, contest) for judge in self.judges for match, contest in self.contests(judge).items()]
+    @property
+    def rates(self) -> int:
+        """How many win rates there are."""
+        return sum(len(self._matches_of(judge)) for judge in self.judges)
+
+    def win_rates(self, advance: Callable[[], None] = lambda: None) -> list[Row]:
+        """advance: called after each."""
+        rows = []
+        for judge in self.judges:
+            for match, contest in self.contests(judge).items():
+                rows.append(self._win_rate(judge, match, contest))
+                advance()
         order = {decoding.name: number for number, decoding in enumerate(self.decodings)}
         return sorted(rows, key=lambda row: ("b_decoding" in row, order.get(row["decoding"], len(order))))
 

@@ -25,6 +25,8 @@ from ..models.sampling import Sequence as Tokens
 from ..progress import progress
 
 FILE = "kept.sqlite"
+MEANING = 1
+"""To be raised when the same key would come to mean something else."""
 _AT_ONCE = 8  # batches between two savings of scores and log-probabilities
 
 
@@ -77,7 +79,7 @@ class KeptModel:
     def __init__(self, model: RoleModel, kept: Kept, batch_size: int, phase: Phase = progress):
         self.model, self.kept, self.batch_size, self.phase = model, kept, batch_size, phase
         base = model.base
-        self.identity = [base.fingerprint, base.quantization, base.dtype, base.tokenizer_sha256, base.template_sha256]
+        self.identity = [MEANING, base.fingerprint, base.quantization, base.dtype, base.tokenizer_sha256, base.template_sha256]
 
     def answers(self, asked: Sequence[Asked], sampling: Sampling, seed: int, label: str) -> list[list[int]]:
         """Token ids, in mixed batches; each answer has random numbers of its own."""

@@ -246,7 +246,8 @@ class Report:
             key = {"candidate": text["candidate"], "decoding": text["decoding"]}
             rewards = [_find(self.rewards, judge=judge["name"], **key) for judge in self.judges]
             shape = [_number(text["length"], 1), *(_number(text[name], 3) for name in ("ended", "distinct_2", "repeated_trigrams"))]
-            rows.append([text["candidate"], self._decoding(text["decoding"]), *(_bracket(row, "mean_reward") for row in rewards), *shape])
+            numbers = [_bracket(row, "mean_reward") if row else "–" for row in rewards]
+            rows.append([text["candidate"], self._decoding(text["decoding"]), *numbers, *shape])
         return [*header, "length", "ended", "distinct-2", "repeated trigrams"], rows
 
     def __str__(self) -> str:
@@ -302,7 +303,7 @@ class Report:
     def _provenance(self) -> str:
         rows = [["base", self.base["id"], self.base["fingerprint"]]]
         rows += [["candidate", row["name"], row["adapter"]] for row in self.candidates if row["adapter"]]
-        rows += [["judge", row["name"], row["adapter"]] for row in self.judges]
+        rows += [["judge", row["name"], row["adapter"] or ""] for row in self.judges]
         settings = "; ".join(f"{name}: {value}" for name, value in {**self.base, **self.settings}.items() if value is not None)
         seconds = "; ".join(f"{name}: {value:.1f}" for name, value in self.seconds.items())
         return f"{markdown_table(['', 'name', 'sha256'], rows)}\n\n{escape(settings)}\n\nSeconds: {escape(seconds)}"

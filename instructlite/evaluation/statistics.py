@@ -190,6 +190,29 @@ def share_of_gain(start: np.ndarray, part: np.ndarray, end: np.ndarray, *, seed:
     return _bootstrap(tuple(np.asarray(x, dtype=float).mean(1) for x in (start, part, end)), share, seed)
 
 
+def ratio(numerators: np.ndarray, denominators: np.ndarray, *, seed: int = 0) -> Interval:
+    """Sum over sum, each (prompts,): per token, say, of answers of unlike length. Prompts with nothing below the line are left out.
+
+    Raises ValueError if nothing is left.
+    """
+    above, below = (np.asarray(x, dtype=float)[np.asarray(denominators) > 0] for x in (numerators, denominators))
+    if not len(below):
+        raise ValueError("the denominators are all 0")
+    return _bootstrap((above, below), lambda a, b, axis=-1: a.sum(axis) / b.sum(axis), seed)
+
+
+def jackknife(value: float, without: np.ndarray) -> Interval:
+    """An estimate with its interval from the estimates (prompts,) without each prompt in turn (Tukey 1958).
+
+    For numbers that resampling would change by itself, such as how many words are different: a prompt drawn twice adds none.
+    """
+    n = len(without)
+    if n < 2:
+        return Interval(value)
+    error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
+    return Interval(value, *(float(value + sign * stats.t.ppf(0.975, n - 1) * error) for sign in (-1, 1)))
+
+
 def proportion(successes: int, trials: int) -> Interval:
     """A share of independent trials with Wilson's (1927) score interval."""
     ends = stats.binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")

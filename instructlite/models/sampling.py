@@ -195,6 +195,15 @@ def score(
 
 
 @torch.no_grad()
+def last_states(model: RoleModel, role: str | None, sequences: list[Sequence], *, batch_size: int = 32) -> Tensor:
+    """The last layer's hidden state at the last token: fp32 (sequences, hidden) on the CPU."""
+    states = torch.empty(len(sequences), model.base.model.config.get_text_config().hidden_size)
+    for rows, _, hidden, _ in _forward(model, [role], sequences, batch_size, None):
+        states[rows] = hidden[:, -1].float().cpu()
+    return states
+
+
+@torch.no_grad()
 def log_probs(
     model: RoleModel,
     roles: list[str | None],
