@@ -59,7 +59,7 @@ def offline(monkeypatch, tmp_path):
 @pytest.fixture
 def directory(tmp_path):
     """A task of one's own: the first questions of the shipped set, without lm-eval's long opening."""
-    (tmp_path / "short.jsonl").write_text("\n".join(json.dumps(row) for row in multiple_choice()[:24]))
+    (tmp_path / "short.jsonl").write_text("\n".join(json.dumps(row) for row in multiple_choice()[:10]))
     (tmp_path / "short.yaml").write_text(LOCAL.format(name="short", file=tmp_path / "short.jsonl"))
     return tmp_path
 
@@ -71,22 +71,22 @@ def direct(tiny_path, adapter, directory):
 
     arguments = {"pretrained": str(tiny_path), "tokenizer": str(adapter.path), "peft": str(adapter.path), "dtype": "float32"}
     return simple_evaluate(
-        "hf", arguments, tasks=["short", shipped_tasks()[TASK]], limit=24, samples=None, batch_size=4, device="cpu",
+        "hf", arguments, tasks=["short", shipped_tasks()[TASK]], limit=10, batch_size=4, device="cpu",
         task_manager=TaskManager(include_defaults=False, include_path=str(directory)),
     )["results"]  # fmt: skip
 
 
 def test_the_numbers_are_those_of_a_direct_call_of_lm_eval_with_the_adapter_of_a_ppo_run(tiny_path, adapters, directory):
-    rows = benchmark(["base", adapters["sft"], adapters["ppo"]], ["short", TASK], task_directory=directory, limit=24, batch_size=4)
+    rows = benchmark(["base", adapters["sft"], adapters["ppo"]], ["short", TASK], task_directory=directory, limit=10, batch_size=4)
     assert [(row["candidate"], row["task"], row["metric"], row["n"]) for row in rows] == [
-        (name, task, "acc", 24) for name in ("base", "sft", "ppo") for task in ("short", TASK)
+        (name, task, "acc", 10) for name in ("base", "sft", "ppo") for task in ("short", TASK)
     ]
     measured = direct(tiny_path, adapters["ppo"], directory)
     for row in rows[-2:]:
         assert row["value"] == measured[row["task"]]["acc,none"]
         assert row["standard_error"] == pytest.approx(measured[row["task"]]["acc_stderr,none"])
     assert len({row["value"] for row in rows if row["task"] == "short"}) > 1, "the adapters make no difference: nothing is shown"
-    assert rows[0]["how"].startswith("lm-eval 0.4") and rows[0]["how"].endswith("first 24") and rows[0]["better"] == "higher"
+    assert rows[0]["how"].startswith("lm-eval 0.4") and rows[0]["how"].endswith("first 10") and rows[0]["better"] == "higher"
 
 
 def test_the_shipped_task_asks_our_questions_with_the_true_answer_first():
