@@ -11,6 +11,7 @@ from ..errors import InstructLiteError
 
 if TYPE_CHECKING:
     from ..evaluation.judges import LanguageModelJudge
+    from ..evaluation.side_effects import SideEffects
 
 
 def evaluate(
@@ -42,7 +43,12 @@ def evaluate(
         typer.Option(metavar="SCALE", help="Language models rate each answer, too: pointwise (1-10) or likert (1-7)."),
     ] = None,
     votes: Annotated[bool, typer.Option("--votes", help="Of a run: count people's blind votes (votes.sqlite) as a judge.")] = False,
-    side_effects: Annotated[bool, typer.Option("--side-effects", help="Measure toxicity, truth, repetition … (--full does).")] = False,
+    side_effects: Annotated[
+        bool, typer.Option("--side-effects", help="Measure toxicity, truth, repetition … on prompts of their own (--full does).")
+    ] = False,
+    toxicity: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Scores texts for that.", show_default="alt-profanity-check")
+    ] = None,
     key_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Where an endpoint's key is.")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
@@ -54,7 +60,7 @@ def evaluate(
     run = Path(candidates[0])
     is_run = len(candidates) == 1 and (run / "recipe.yaml").is_file()
     given = [] if samples is None else [f"evaluation.samples={samples}"]
-    if is_run and not (named or full or prompts or judge or rate or votes or side_effects or output):
+    if is_run and not (named or full or prompts or judge or rate or votes or side_effects or toxicity or output):
         run_stages(load_loop(run / "recipe.yaml", given), run, "report")
         return
     if not is_run and (named or full or votes):
@@ -64,11 +70,7 @@ def evaluate(
     from ..training.recipe import quiet_libraries
 
     quiet_libraries()
-    options: dict[str, Any] = {
-        "ratings": rate or [],
-        "side_effects": side_effects or full,
-        **({} if prompts is None else {"data": prompts}),
-    }
+    options: dict[str, Any] = {"ratings": rate or [], **({} if prompts is None else {"data": prompts})}
     output = output or run / "report"
     judges = judge and [_judge(one, output, key_env) for one in judge]
     if is_run:
@@ -77,13 +79,21 @@ def evaluate(
         options |= asdict(load_loop(run / "recipe.yaml", given).evaluation) | {"votes": _votes(run) if votes else []}
         if full or named:
             options["candidates"] = all_candidates(run) if full else [name.strip() for name in named.split(",")]
+        options["side_effects"] = _side_effects(side_effects or full or options["side_effects"], toxicity)
         report = evaluate_run(run, judges=judges, output_dir=output, **options)
     else:
         from ..evaluation.compare import evaluate as compare
 
-        report = compare(candidates, judge=judges, output_dir=output, **options, **({} if samples is None else {"samples": samples}))
+        options |= {"side_effects": _side_effects(side_effects, toxicity), **({} if samples is None else {"samples": samples})}
+        report = compare(candidates, judge=judges, output_dir=output, **options)
     print(report)
     print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
+
+
+def _side_effects(wanted: bool, toxicity: str | None) -> "SideEffects | bool":
+    from ..evaluation.side_effects import SideEffects
+
+    return wanted if toxicity is None else SideEffects(toxicity=toxicity)
 
 
 def _judge(name: str, output: Path, key_env: str | None) -> "str | LanguageModelJudge":
