@@ -11,6 +11,7 @@ from ..errors import InstructLiteError
 
 if TYPE_CHECKING:
     from ..evaluation.judges import LanguageModelJudge
+    from ..evaluation.side_effects import SideEffects
 
 
 def evaluate(
@@ -42,7 +43,12 @@ def evaluate(
         typer.Option(metavar="SCALE", help="Language models rate each answer, too: pointwise (1-10) or likert (1-7)."),
     ] = None,
     votes: Annotated[bool, typer.Option("--votes", help="Of a run: count people's blind votes (votes.sqlite) as a judge.")] = False,
-    side_effects: Annotated[bool, typer.Option("--side-effects", help="Measure toxicity, truth, repetition … (--full does).")] = False,
+    side_effects: Annotated[
+        bool, typer.Option("--side-effects", help="Measure toxicity, truth, repetition … on prompts of their own (--full does).")
+    ] = False,
+    toxicity: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Scores texts for that.", show_default="alt-profanity-check")
+    ] = None,
     key_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Where an endpoint's key is.")] = None,
     demonstrations: Annotated[Path | None, typer.Option(help="What few-shot shows (JSONL).", show_default="the run's")] = None,
     reward: Annotated[
@@ -61,7 +67,7 @@ def evaluate(
     run = Path(candidates[0])
     is_run = len(candidates) == 1 and (run / "recipe.yaml").is_file()
     given = [] if samples is None else [f"evaluation.samples={samples}"]
-    special = (named, full, prompts, judge, rate, votes, side_effects, demonstrations, reward, output)
+    special = (named, full, prompts, judge, rate, votes, side_effects, toxicity, demonstrations, reward, output)
     if is_run and not any(special):
         run_stages(load_loop(run / "recipe.yaml", given), run, "report")
         return
@@ -74,7 +80,7 @@ def evaluate(
     quiet_libraries()
     options: dict[str, Any] = {
         "ratings": rate or [],
-        "side_effects": side_effects or full,
+        "side_effects": _side_effects(side_effects or full, toxicity),
         **{name: path for name, path in (("data", prompts), ("demonstrations", demonstrations), ("reward", reward)) if path is not None},
     }
     output = output or run / "report"
@@ -85,13 +91,21 @@ def evaluate(
         options |= asdict(load_loop(run / "recipe.yaml", given).evaluation) | {"votes": _votes(run) if votes else []}
         if full or named:
             options["candidates"] = all_candidates(run) if full else [name.strip() for name in named.split(",")]
+        options["side_effects"] = _side_effects(side_effects or full or options["side_effects"], toxicity)
         report = evaluate_run(run, judges=judges, output_dir=output, **options)
     else:
         from ..evaluation.compare import evaluate as compare
 
-        report = compare(candidates, judge=judges, output_dir=output, **options, **({} if samples is None else {"samples": samples}))
+        options |= {"side_effects": _side_effects(side_effects, toxicity), **({} if samples is None else {"samples": samples})}
+        report = compare(candidates, judge=judges, output_dir=output, **options)
     print(report)
     print(f"\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
+
+
+def _side_effects(wanted: bool, toxicity: str | None) -> "SideEffects | bool":
+    from ..evaluation.side_effects import SideEffects
+
+    return wanted if toxicity is None else SideEffects(toxicity=toxicity)
 
 
 def _judge(name: str, output: Path, key_env: str | None, max_requests: int | None) -> "str | LanguageModelJudge":
