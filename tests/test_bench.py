@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from test_compare import make_adapter
 from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # programs, not a package: they find each other as scripts do
 
 import data_rate
+import panes
 import phases as phases_module
 import ppo_gpu
 import ppo_profile
 from phases import CLEAR_REFS, Phases
 
 from instructlite.data.containers import STARTER
+from instructlite.data.records import write_records
 from instructlite.training import rollout
 
 SCORES = [f"score: {role}" for role in ppo_profile.ROLES]
@@ -158,3 +161,16 @@ def test_the_classifier_of_use_cases_is_trained_and_measured():
     assert set(labels) == {"open_qa", "brainstorming"}  # the others are too rare there to be learnt
     result = mixture_model.measure(mixture_model.fit(features, labels, 1.0), features, labels)
     assert result["rows"] == len(prompts) == 130 and result["accuracy"] > 0.9
+
+
+def test_panes_are_compared_on_the_same_work(tiny_base, tmp_path, monkeypatch, capsys):
+    for name, seed in (("sft", 1), ("ppo", 2)):
+        make_adapter(tiny_base, tmp_path / name, seed)
+    write_records(tmp_path / "data" / "heldout_prompts.jsonl", [{"prompt": f"say {n}"} for n in range(3)])
+    recorded = tmp_path / "panes.json"
+    options = ["--prompts", "2", "--new-tokens", "5", "--rounds", "2", "--dtype", "float32", "--json", str(recorded)]
+    monkeypatch.setattr(sys, "argv", ["panes.py", str(tmp_path), *options])
+    panes.main()
+    result = json.loads(recorded.read_text())
+    assert {name: len(times) for name, times in result["seconds"].items()} == {"three": 2, "base": 2, "sft": 2, "ppo": 2}
+    assert result["ratio"] > 0 and "10 tokens a pane" in capsys.readouterr().out
