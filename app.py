@@ -2,7 +2,7 @@
 
 import os
 
-from instructlite.commands.serving import serve_adapters
+from instructlite.commands.showing import serve_adapters
 from instructlite.feedback.app.server import Address
 
 # A Space decides who gets here. Whoever wants a login besides sets the secret INSTRUCTLITE_LOGIN to "name:password name:password".

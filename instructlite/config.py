@@ -28,6 +28,7 @@ def cache_directory() -> Path:
 
 
 STAGES = ("data", "sft", "reward", "judge", "ppo", "report")
+"""Of every loop; what stands under `also` comes between the last two."""
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,11 @@ class Lora:
         _check(Lora, vars(self), "lora")
         if self.r < 1 or (self.top_layers is not None and self.top_layers < 1):
             raise InstructLiteError(f"lora.r and lora.top_layers must be at least 1, not {self.r} and {self.top_layers}")
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The least `max_lora_rank` of vLLM that holds an adapter of this rank; None: it serves none as large."""
+    return next((served for served in (8, 16, 32, 64, 128, 256, 320, 512) if served >= rank), None)
 
 
 @dataclass(kw_only=True)
@@ -89,7 +95,7 @@ class RewardOptions(BaseOptions):
     """A scalar reward model from comparisons and rankings."""
 
     model: Any
-    """The SFT adapter to start from (InstructGPT), or a base model."""
+    """The SFT adapter to start from (InstructGPT), a reward adapter to go on from, or a base model."""
     data: Any
     """Comparisons, rankings, or both."""
     eval_data: Any = None
@@ -103,6 +109,8 @@ class RewardOptions(BaseOptions):
     """The new scalar head learns this many times faster than the adapter."""
     length_controlled: bool = False
     """Learn what the length of answers does not explain already (see `length_weight` in training/reward.py)."""
+    policy_samples: float = 0.0
+    """Share of the training prompts that get one answer more, sampled from the SFT adapter (see training/policy_samples.py)."""
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     """Goes to trl.RewardConfig untouched."""
@@ -111,6 +119,25 @@ class RewardOptions(BaseOptions):
         super().__post_init__()
         if self.ensemble < 1:
             raise InstructLiteError(f"ensemble={self.ensemble}: at least 1, one reward model")
+        if not 0 <= self.policy_samples <= 1:
+            raise InstructLiteError(f"policy_samples={self.policy_samples}: a share of the prompts, from 0 to 1")
+
+
+@dataclass(kw_only=True)
+class DPOOptions(BaseOptions):
+    """Direct preference optimisation (Rafailov et al. 2023): a policy from comparisons, without a reward model or sampling."""
+
+    model: Any
+    """The SFT adapter that the policy starts from and that is its reference, or a base model."""
+    data: Any
+    """Comparisons, rankings, or both."""
+    eval_data: Any = None
+    """Held-out comparisons and rankings: accuracy and margin are measured on them."""
+    lora: Lora = field(default_factory=Lora)
+    """Only used where `model` is a base without an adapter."""
+    seed: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+    """Goes to trl.DPOConfig untouched: `beta`, `loss_type`, …"""
 
 
 @dataclass(kw_only=True)
@@ -118,11 +145,13 @@ class PPOOptions(BaseOptions):
     """PPO against a reward model, with a KL penalty to the policy it starts from."""
 
     model: Any
-    """The SFT adapter that the policy starts from and is held to, or a base model."""
+    """The adapter that the policy starts from, SFT's usually, or a base model."""
     reward: Any
     """A reward adapter of the same base, or another source of reward, or several (see `rewards_of` in training/rewards.py)."""
     data: Any
     """Prompts."""
+    reference: Any = None
+    """A policy adapter of the same base that the policy is held to, where that is not the one it starts from. None: what it starts from."""
     watch_reward: Any = None
     """Another reward adapter of the same base, trained on other comparisons: scored along the run, never optimised.
     In a recipe file "judge" is the loop's own judge; it costs one more forward pass over each rollout."""
@@ -162,6 +191,9 @@ class PPOOptions(BaseOptions):
 class EvaluationOptions:
     """How the candidates answer the held-out prompts."""
 
+    candidates: list[str] | None = None
+    """Stages, base, few-shot:4, context, best-of-4 (of SFT): see evaluation/candidates.py. None: base and all policies of the loop. The
+    first words are about the last one."""
     prompts: int | None = None
     """The first n held-out prompts. None: all."""
     samples: int = 2
@@ -175,6 +207,40 @@ class EvaluationOptions:
     """Compare greedy answers too: they tell how much of a gain is only lower entropy."""
     batch_size: int = 32
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class RoundOptions:
+    """A round of votes: what is asked, and how much of what is learnt from it."""
+
+    prompts: str | list[str] | None = None
+    """What answers are written to and PPO goes through; none may be among the held-out ones. None: the run's own prompts."""
+    prompt_limit: int | None = None
+    """Answers to so many of them are put up, drawn anew each round. None: to all."""
+    answers: int = 4
+    """Answers to each prompt; equal ones are put up once."""
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    batch_size: int = 32
+    votes: int | None = None
+    """The round goes on with so many new votes. None: with one for each item put up."""
+    replay: int | None = None
+    """The reward model sees so many of the old comparisons again, those of earlier rounds among them. None: all."""
+    vote_weight: int = 1
+    """The new votes stand this many times in its data."""
+    reference: Literal["sft", "last"] = "sft"
+    """What PPO is held to: the SFT adapter, or the policy that the round starts from."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.answers <= 9:
+            raise InstructLiteError(f"round.answers={self.answers}: 2 to 9 answers can be compared")
+        if self.temperature <= 0:
+            raise InstructLiteError(f"round.temperature={self.temperature}: must be above 0, or all answers to a prompt would be the same")
+        for name in ("prompt_limit", "max_new_tokens", "batch_size", "votes", "vote_weight"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise InstructLiteError(f"round.{name}={number}: must be at least 1")
+        if self.replay is not None and self.replay < 0:
+            raise InstructLiteError(f"round.replay={self.replay}: a number of comparisons, 0 for none")
 
 
 @dataclass(kw_only=True)
@@ -231,6 +297,8 @@ class Loop:
     chat_template: str | None = None
     revision: str | None = None
     seed: int = 0
+    report_to: str | list[str] = "none"
+    """Trackers of every stage: trackio, tensorboard (extra `track`), wandb. metrics.jsonl is written in any case."""
     lora: Lora = field(default_factory=Lora)
     data: DataOptions = field(default_factory=DataOptions)
     sft: dict[str, Any] = field(default_factory=dict)
@@ -238,17 +306,35 @@ class Loop:
     judge: dict[str, Any] = field(default_factory=dict)
     """What differs from `reward`: the judge is a reward model too."""
     ppo: dict[str, Any] = field(default_factory=dict)
+    dpo: dict[str, Any] = field(default_factory=dict)
+    """Used where `also` asks for DPO."""
+    also: dict[str, Any] = field(default_factory=dict)
+    """More policies from the same SFT adapter, compared in the same report: `dpo`, or a variant such as `ppo-ptx` or `dpo-ipo`, and what
+    differs from the section that its name begins with. `also.dpo=` on the command line; `also.ppo-ptx.ptx_data=starter`."""
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    round: RoundOptions = field(default_factory=RoundOptions)
+    """Of `instructlite round`; the loop itself does not look at it."""
+
+    @property
+    def trained(self) -> list[str]:
+        """The stages that train, in their order."""
+        return [*(stage for stage in STAGES if stage in SECTIONS), *self.also]
+
+    def section(self, stage: str) -> dict[str, Any]:
+        """What is said of a stage; of one under `also` laid over the section of its kind."""
+        return merge(getattr(self, kind_of(stage)), self.also.get(stage) or {})
 
     def options(self, stage: str) -> dict[str, Any]:
         """The keyword arguments of the stage's recipe class, but for those that the pipeline wires (`model`, `data`, …)."""
-        section = getattr(self, stage)
+        section = self.section(stage)
         top = {name: getattr(self, name) for name in ("quantization", "dtype", "chat_template", "revision", "seed")}
         if stage == "judge":  # one model judges, whatever the reward is made of
             section = merge({option: value for option, value in self.reward.items() if option not in ("ensemble", "seed")}, self.judge)
             # Started from the same random head as a reward model, it would agree with that one by this alone.
             top["seed"] = self.reward.get("seed", self.seed) + self.reward.get("ensemble", 1)
         lora = Lora(**merge(asdict(self.lora), section.get("lora", {})))
+        if self.report_to not in ("none", []):
+            section = {**section, "training": {"report_to": self.report_to, **section.get("training", {})}}
         return {**top, **section, "lora": lora}
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,8 +342,18 @@ class Loop:
         return asdict(self)
 
 
-SECTIONS: dict[str, type] = {"sft": SFTOptions, "reward": RewardOptions, "judge": RewardOptions, "ppo": PPOOptions}
-_WIRED = {"model", "data", "eval_data", "demonstrations", "reward"}
+SECTIONS: dict[str, type] = {"sft": SFTOptions, "reward": RewardOptions, "judge": RewardOptions, "ppo": PPOOptions, "dpo": DPOOptions}
+_WIRED = {"model", "data", "eval_data", "demonstrations", "reward", "reference"}
+
+
+def kind_of(stage: str) -> str:
+    """The section that a stage's options stand in: `ppo` of `ppo-ptx`."""
+    return stage.partition("-")[0]
+
+
+def is_optional(stage: str) -> bool:
+    """Whether it may stand under `also`: `dpo`, and variants of `dpo` and `ppo`. The name is also that of its directory."""
+    return stage == "dpo" or re.fullmatch(r"(dpo|ppo)-\w[\w-]*", stage) is not None
 
 
 def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = (), *, complete: bool = True) -> Loop:
@@ -285,7 +381,7 @@ def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = (), *,
         raise InstructLiteError(f"{path}: required: {', '.join(missing)}; add {' '.join(f'{key}=VALUE' for key in missing)} to the command")
     try:
         loop = _build(Loop, values)
-        for stage in SECTIONS:
+        for stage in (*SECTIONS, *loop.also):
             loop.options(stage)  # what a section does to the top is checked before anything is trained
         return loop
     except InstructLiteError as error:
@@ -369,20 +465,31 @@ def _check(cls: type, values: Mapping, where: str, above: str = "") -> None:
         if value == REQUIRED:
             continue
         if cls is Loop and key in SECTIONS:
-            _check_section(key, value, where)
+            _check_section(key, value, where, key)
+        elif cls is Loop and key == "also":
+            _check_also(value, where)
         elif is_dataclass(hints[key]) and isinstance(value, Mapping):
             _check(hints[key], value, where, f"{above}{key}.")
         elif not _fits(value, hints[key]):
             raise InstructLiteError(f"{where}: {above}{key} must be {_in_words(hints[key])}, not {value!r}")
 
 
-def _check_section(stage: str, values: Any, where: str) -> None:
+def _check_section(name: str, values: Any, where: str, kind: str) -> None:
     if not isinstance(values, Mapping):
-        raise InstructLiteError(f"{where}: {stage} must be a mapping of options, not {values!r}")
+        raise InstructLiteError(f"{where}: {name} must be a mapping of options, not {values!r}")
     wired = next((key for key in values if key in _WIRED), None)
     if wired:
-        raise InstructLiteError(f"{where}: {stage}.{wired} is set by the loop itself: give 'model' or 'data.…' at the top")
-    _check(SECTIONS[stage], values, where, f"{stage}.")
+        raise InstructLiteError(f"{where}: {name}.{wired} is set by the loop itself: give 'model' or 'data.…' at the top")
+    _check(SECTIONS[kind], values, where, f"{name}.")
+
+
+def _check_also(values: Any, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise InstructLiteError(f"{where}: also must be a mapping of stages, such as 'dpo:' or 'ppo-ptx:', not {values!r}")
+    for stage, options in values.items():
+        if not is_optional(str(stage)):
+            raise InstructLiteError(f"{where}: also.{stage} is no stage to add: there are dpo, and variants named dpo-… and ppo-…")
+        _check_section(f"also.{stage}", {} if options is None else options, where, kind_of(stage))
 
 
 def _build(cls: type, values: Mapping) -> Any:

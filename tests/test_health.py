@@ -271,8 +271,8 @@ def test_t25_a_reward_that_stays_constant_ends_the_run(tiny_path, tmp_path):
 
 
 def test_t25_a_policy_that_falls_silent_is_said(tiny_path, tmp_path):
-    trainer = run(tiny_path, tmp_path, reward="reward", temperature=0.3, learning_rate=5e-2, max_steps=13)
-    assert flagged(trainer, "entropy_collapse")
+    trainer = run(tiny_path, tmp_path, entropy_coef=-20.0, learning_rate=5e-3)
+    assert flagged(trainer, "entropy_collapse") == [5], "the first log of the second cycle"
 
 
 def test_t25_a_policy_that_falls_apart_is_said(tiny_path, tmp_path):
@@ -281,9 +281,11 @@ def test_t25_a_policy_that_falls_apart_is_said(tiny_path, tmp_path):
 
 
 def test_t25_a_reward_for_length_is_said(tiny_path, tmp_path):
-    trainer = run(tiny_path, tmp_path, reward=length, learning_rate=1e-2, max_steps=13)
+    stops = STOPS[:27]  # fewer, so that there is length to gain
+    options = dict(learning_rate=5e-2, lam=1.0, cliprange=0.5, num_ppo_epochs=4, per_device_train_batch_size=10, max_steps=17)
+    trainer = run(tiny_path, tmp_path, reward=length, stop_token_ids=stops, seed=6, num_mini_batches=4, kl_coef=0.0, **options)
     assert of_cycles(trainer, "rollout/score_length_corr")[0] == pytest.approx(1, abs=1e-5)
-    assert flagged(trainer, "length_hacking")
+    assert flagged(trainer, "length_hacking") == [17], "the first log of the second cycle"
     assert "missing_eos_penalty" in trainer.health.said["length_hacking"]
 
 

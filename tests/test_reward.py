@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from instructlite.config import Lora
+from instructlite.data.records import read_records
 from instructlite.errors import InstructLiteError
 from instructlite.models.base import load_base
 from instructlite.models.manifest import Adapter
@@ -207,6 +208,26 @@ def test_it_starts_from_the_sft_adapter_and_every_trainable_parameter_moves(tiny
     assert still.role == "reward"
 
 
+def test_it_goes_on_from_a_reward_adapter_head_and_all(tiny_path, tmp_path):
+    sft = tiny_sft(tiny_path, tmp_path / "sft")
+    first = tiny_reward(tiny_path, model=sft).run(tmp_path / "first")
+    still = tiny_reward(tiny_path, model=first, training={"learning_rate": 1e-12, "max_steps": 1}).run(tmp_path / "still")
+    texts = [(row["prompt"], row["chosen"]) for row in PAIRS]
+    before, after = roles_scores(tiny_path, first, texts), roles_scores(tiny_path, still, texts)
+    assert (before - after).abs().max() < 1e-4
+    assert still.manifest.parents == {"sft": sft.sha256, "reward": first.sha256}
+
+
+def test_an_ensemble_goes_on_member_by_member(tiny_path, tmp_path):
+    quick = {"max_steps": 1}
+    first = tiny_reward(tiny_path, ensemble=2, training=quick).run(tmp_path / "first")
+    second = tiny_reward(tiny_path, model=first, ensemble=2, training=quick).run(tmp_path / "second")
+    parents = [member.manifest.parents["reward"] for member in second.members]
+    assert parents == [member.sha256 for member in first.members]
+    with pytest.raises(InstructLiteError, match=r"2 reward models, and ensemble=3; go on with as many \(ensemble=2\)"):
+        tiny_reward(tiny_path, model=first, ensemble=3, training=quick).run(tmp_path / "third")
+
+
 def test_the_head_starts_small_in_fp32_and_learns_faster(tiny_path, tmp_path, trainers):
     tiny_reward(tiny_path, dtype="bfloat16", head_learning_rate_scale=7.0, training={"weight_decay": 0.1}).run(tmp_path / "r")
     groups = trainers[0].optimizer.param_groups
@@ -272,6 +293,27 @@ def test_what_length_explains_is_not_learnt_where_it_is_controlled(tiny_path, tm
         assert ("length_weight" in metrics) == controlled
         spread[controlled] = metrics["score_std"]
     assert spread[True] < spread[False] / 3
+
+
+def test_answers_of_the_policy_tie_with_the_worst_and_are_kept(tiny_path, tmp_path, trainers):
+    sft = tiny_sft(tiny_path, tmp_path / "sft")
+    options = dict(model=sft, policy_samples=0.5, training={"max_steps": 1})
+    first, again = (tiny_reward(tiny_path, **options).run(tmp_path / name) for name in ("first", "again"))
+    kept = read_records(first.path / "policy_samples.jsonl", "rankings")
+    assert len(kept) == first.metrics["policy_samples"] > 0
+    assert all(row["ranks"][-1] == max(row["ranks"][:-1]) and len(set(row["responses"])) == len(row["ranks"]) for row in kept)
+    ids = [row["responses_ids"] for row in trainers[0].train_dataset]
+    assert sorted(map(len, ids))[-1] == max(len(row["ranks"]) for row in kept) > 2
+    assert (again.path / "policy_samples.jsonl").read_bytes() == (first.path / "policy_samples.jsonl").read_bytes()
+    other = tiny_reward(tiny_path, **options, seed=5).run(tmp_path / "other")
+    assert (other.path / "policy_samples.jsonl").read_bytes() != (first.path / "policy_samples.jsonl").read_bytes()
+
+
+def test_only_a_policy_gives_samples_and_only_a_share_of_the_prompts(tiny_path, tmp_path):
+    with pytest.raises(InstructLiteError, match="nobody to sample from; pass the SFT adapter"):
+        tiny_reward(tiny_path, policy_samples=0.5).run(tmp_path / "r")
+    with pytest.raises(InstructLiteError, match="a share of the prompts, from 0 to 1"):
+        tiny_reward(tiny_path, policy_samples=2)
 
 
 def test_a_quantized_base_trains_a_reward_model_too(tiny_path, tmp_path, trainers):

@@ -33,10 +33,10 @@ def run(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options over the recipe, such as ppo.kl_coef=0.1.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run directory.", show_default="runs/RECIPE")] = None,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="One stage alone: data, sft, reward, judge, ppo or report.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="One stage alone: data, sft, reward, judge, ppo, report, dpo.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
 ) -> None:
-    """Run a recipe: data, SFT, reward model, judge, PPO, report. What is done already is kept."""
+    """Run a recipe: data, SFT, reward model, judge, PPO, report; with also.dpo= DPO, too. What is done already is kept."""
     from ..config import load_loop
 
     run_stages(load_loop(recipe, overrides or []), output or Path("runs") / Path(recipe).stem, only, resume)
@@ -68,7 +68,7 @@ def run_stages(loop: "Loop", output: Path, only: str | None = None, resume: bool
 
     def say(line: str) -> None:
         if is_main_process():
-            console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
+            console.print(f"[{clock(time.perf_counter() - start)}] {line}")
 
     if only is None and is_main_process():
         from ..planning import doubts
@@ -102,11 +102,11 @@ def _stage_table(stages: "list[StageRun]") -> "Table":
     gpu = any(stage.peak_gpu_mb for stage in stages)
     table = Table("stage", "took", "peak memory", *(["on the GPU"] if gpu else []), "written to", box=None)
     for stage in stages:
-        took = f"{_clock(stage.seconds)}{' (before)' if stage.skipped else ''}"
+        took = f"{clock(stage.seconds)}{' (before)' if stage.skipped else ''}"
         memory = [f"{peak:,.0f} MB" if peak else "-" for peak in (stage.peak_rss_mb, stage.peak_gpu_mb)]
         table.add_row(stage.stage, took, *memory[: 2 if gpu else 1], str(stage.path))
     return table
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -30,6 +30,7 @@ from .streaming import Stream
 
 BASE = "base"
 SCORED_AT_ONCE = 8
+STOPPING = "the server is stopping"
 log = logging.getLogger(__name__)
 
 
@@ -109,6 +110,8 @@ class Engine:
         if not policies:
             raise InstructLiteError(f"{run_or_adapters}: no adapter that answers; train one first (instructlite run)")
         base = base_of(policies[0], options or BaseOptions())
+        if base.model._is_stateful:  # transformers' mark of Mamba and the like
+            raise InstructLiteError(f"{base.id}: its state is no list of keys and values, which batches of several requests need")
         precision = base.dtype if base.quantization == "none" else f"{base.quantization}, {base.dtype}"
         of_base = (base.id, base.revision, base.fingerprint, precision)
         # Roles have names of their own: PEFT takes no dots in them, torch no names of its own methods ("train", "eval").
@@ -134,7 +137,7 @@ class Engine:
         with self._lock:
             self._closed = True
         self._worker.shutdown()
-        self._fail([*self._running, *self._waiting], InstructLiteError("the server is stopping"))
+        self._fail([*self._running, *self._waiting], InstructLiteError(STOPPING))
 
     # --- what is asked ------------------------------------------------------------------------------------------------------
 
@@ -151,6 +154,7 @@ class Engine:
         seed: the same one gives a pane the same answer, whatever is answered beside it; a sequence has one for each pane.
         Raises Full, and InstructLiteError for what is no conversation or more than the limits allow.
         """
+        self._check_room()  # before the work of looking at what is asked
         sampling = sampling or Sampling()
         roles = {pane.name: pane.role for pane in self.panes}
         if unknown := [pane for pane in panes if pane not in roles]:
@@ -170,8 +174,8 @@ class Engine:
         limits = self.limits
         if sampling.max_new_tokens > limits.new_tokens:
             raise InstructLiteError(f"max_new_tokens={sampling.max_new_tokens:,}: at most {limits.new_tokens:,} are taken")
-        same = not isinstance(conversations, (list, tuple)) or not all(isinstance(one, (list, tuple)) for one in conversations)
-        given = [self._checked(one) for one in ([conversations] if same else conversations)]
+        several = isinstance(conversations, (list, tuple)) and conversations and all(isinstance(one, list) for one in conversations)
+        given = [self._checked(one) for one in (conversations if several else [conversations])]
         if len(given) not in (1, count):
             raise InstructLiteError(f"{len(given)} conversations for {count} panes; pass one, or one for each")
         longest = min(limits.prompt_tokens, self.context - sampling.max_new_tokens)
@@ -202,6 +206,8 @@ class Engine:
         """What each reward adapter gives each answer, between two steps of what is being answered; {} where there is none."""
         if not self.rewards:
             return {}
+        if self._closed:
+            raise InstructLiteError(STOPPING)
         prompt = self._prompts(conversation, 1, Sampling(max_new_tokens=1))[0]
         if too_long := next((text for text in answers if len(text) > self.limits.characters), None):
             raise InstructLiteError(f"the answer has {len(too_long):,} characters, at most {self.limits.characters:,} are taken")
@@ -210,19 +216,24 @@ class Engine:
         scores: list[list[float]] = [[] for _ in self.rewards]
         for start in range(0, len(sequences), SCORED_AT_ONCE):
             part = sequences[start : start + SCORED_AT_ONCE]
-            given = self._worker.submit(score, self.model, list(self.rewards.values()), part).result()
-            for of_judge, row in zip(scores, given.tolist(), strict=True):
+            given = self._worker.submit(score, self.model, list(self.rewards.values()), part)
+            if error := given.exception():
+                raise _told(error, "scoring")
+            for of_judge, row in zip(scores, given.result().tolist(), strict=True):
                 of_judge += row
         return dict(zip(self.rewards, scores, strict=True))
 
     # --- the queue, and the thread that computes ------------------------------------------------------------------------------
 
+    def _check_room(self) -> None:
+        if self._closed:
+            raise InstructLiteError(STOPPING)
+        if len(self._waiting) >= self.limits.waiting:
+            raise Full(f"busy: {len(self._waiting)} requests are waiting already; try again in a moment")
+
     def _enqueue(self, stream: Stream) -> None:
         with self._lock:
-            if self._closed:
-                raise InstructLiteError("the server is stopping")
-            if len(self._waiting) >= self.limits.waiting:
-                raise Full(f"busy: {len(self._waiting)} requests are waiting already; try again in a moment")
+            self._check_room()
             self._waiting.append(stream)
             stream.queued(len(self._waiting) - 1)
             idle, self._turning = not self._turning, True
@@ -276,9 +287,8 @@ class Engine:
     def _after(self, turn: Future) -> None:
         """What was raised concerns the requests that were about to join; else all in the batch, whose cache cannot be trusted now."""
         if error := turn.exception():
-            log.error("a step of generation failed", exc_info=error)
             concerned, self._joining = self._joining or self._running, []
-            self._fail(concerned, InstructLiteError(f"the answers broke off ({type(error).__name__}); try again"))
+            self._fail(concerned, _told(error, "answering"))
         with self._lock:
             self._running = [stream for stream in self._running if not stream.over]
             again = self._turning = not self._closed and bool(self._running or self._waiting)
@@ -291,6 +301,12 @@ class Engine:
         for stream in streams:
             if not stream.over:
                 stream.end(error)
+
+
+def _told(error: BaseException, doing: str) -> InstructLiteError:
+    """What users are told; what it says of this machine goes to the log."""
+    log.error("%s failed", doing, exc_info=error)
+    return InstructLiteError(f"{doing} broke off ({type(error).__name__}); try again")
 
 
 def _adapters(given: str | Path | Sequence[str | Path | Adapter]) -> list[Adapter]:

@@ -180,13 +180,13 @@ def different_names(adapters: Sequence[Adapter | str]) -> list[str]:
     """Their names, or the texts themselves; where two are alike, the second is "sft-2"."""
     names: list[str] = []
     for member in adapters:
-        name = unique = member.name if isinstance(member, Adapter) else member
-        for number in itertools.count(2):
-            if unique not in names:
-                break
-            unique = f"{name}-{number}"
-        names.append(unique)
+        names.append(unused(member.name if isinstance(member, Adapter) else member, names))
     return names
+
+
+def unused(name: str, taken: Sequence[str]) -> str:
+    """The name, or "name-2" where it is taken, and so on."""
+    return next(new for number in itertools.count(1) if (new := name if number == 1 else f"{name}-{number}") not in taken)
 
 
 def member_names(name: str, count: int) -> list[str]:

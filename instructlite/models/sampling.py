@@ -60,14 +60,17 @@ def generate(
     sampling: Sampling,
     *,
     stop_ids: list[int] | None = None,
-    seed: int = 0,
+    seed: int | list[int] = 0,
     batch_size: int = 32,
     progress: Progress | None = None,
+    keep: Callable[[list[int], list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """One answer a prompt, as token ids up to and including the first stop token (or `max_new_tokens` of them).
 
     roles: one for all, or one a prompt (None = the base alone), then answered in mixed batches. The random state of the
-    caller is left untouched; the same seed gives the same answers for the same batches.
+    caller is left untouched; the same seed gives the same answers for the same batches. One seed a prompt gives each answer
+    random numbers of its own, so that what is drawn beside it changes nothing but rounding. keep: called after each batch, with
+    the numbers of its prompts and their answers.
     """
     stop_ids = stop_ids or model.base.stop_ids
     per_row = roles if isinstance(roles, list) else [roles] * len(prompts)
@@ -75,14 +78,17 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _ready_to_generate(model), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed if isinstance(seed, int) else 0)
         for rows in _batches(order, batch_size):
             ids, attention = left_pad([prompts[i] for i in rows], model.base.pad_id, model.device)
+            points = None if isinstance(seed, int) else _points([seed[i] for i in rows], sampling, model.device)
             output = _generate_batch(
-                model, ids, attention, [per_row[i] for i in rows], _config(model, sampling, stop_ids), _drawn(sampling)
+                model, ids, attention, [per_row[i] for i in rows], _config(model, sampling, stop_ids), _drawn(sampling, points)
             )
             for i, row in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
                 answers[i] = until_stop(row, stop_ids)
+            if keep:
+                keep(rows, [answers[i] for i in rows])
             if progress:
                 progress(len(rows))
     return answers
@@ -109,15 +115,21 @@ def _config(model: RoleModel, sampling: Sampling, stop_ids: list[int]) -> Genera
     )  # fmt: skip
 
 
-def _drawn(sampling: Sampling) -> LogitsProcessorList:
+def _points(seeds: list[int], sampling: Sampling, device: torch.device) -> Tensor:
+    """(batch, max_new_tokens) random numbers of each row's own."""
+    drawn = [torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(drawn).to(device)
+
+
+def _drawn(sampling: Sampling, points: Tensor | None = None) -> LogitsProcessorList:
     """What turns a greedy search into sampling: transformers' own filters, then the draw. Empty for greedy answers."""
-    return LogitsProcessorList([*_filters(sampling), Draw()] if sampling.temperature else [])
+    return LogitsProcessorList([*_filters(sampling), Draw(points)] if sampling.temperature else [])
 
 
 def _filters(sampling: Sampling) -> LogitsProcessorList:
     filters: list[LogitsProcessor] = []
     if sampling.temperature != 1:
-        filters.append(TemperatureLogitsWarper(sampling.temperature))
+        filters.append(TemperatureLogitsWarper(float(sampling.temperature)))  # it refuses whole numbers
     if sampling.top_k:
         filters.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
@@ -126,10 +138,18 @@ def _filters(sampling: Sampling) -> LogitsProcessorList:
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token of each row, drawn from softmax(scores) with the random state of the thread."""
+    """Leaves one token of each row, drawn from softmax(scores)."""
+
+    def __init__(self, points: Tensor | None = None):
+        """points: the random numbers (batch, tokens); None draws them when they are wanted, with the random state of the thread."""
+        self.points, self.drawn = points, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        points = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        if self.points is None:
+            points = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        else:
+            points = self.points[:, self.drawn, None]
+            self.drawn += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn_at(points, scores), 0.0)
 
 
@@ -204,6 +224,15 @@ def score(
     for rows, number, hidden, _ in _forward(model, roles, sequences, batch_size, progress):
         scores[number, rows] = model.scores(roles[number], hidden[:, -1]).cpu()
     return scores
+
+
+@torch.no_grad()
+def last_states(model: RoleModel, role: str | None, sequences: list[Sequence], *, batch_size: int = 32) -> Tensor:
+    """The last layer's hidden state at the last token: fp32 (sequences, hidden) on the CPU."""
+    states = torch.empty(len(sequences), model.base.model.config.get_text_config().hidden_size)
+    for rows, _, hidden, _ in _forward(model, [role], sequences, batch_size, None):
+        states[rows] = hidden[:, -1].float().cpu()
+    return states
 
 
 @torch.no_grad()
