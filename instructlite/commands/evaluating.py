@@ -78,28 +78,32 @@ def evaluate(
     from ..training.recipe import quiet_libraries
 
     quiet_libraries()
-    options: dict[str, Any] = {
-        "ratings": rate or [],
-        "side_effects": _side_effects(side_effects or full, toxicity),
-        **{name: path for name, path in (("data", prompts), ("demonstrations", demonstrations), ("reward", reward)) if path is not None},
-    }
-    output = output or run / "report"
+    sources = {"data": prompts, "demonstrations": demonstrations, "reward": reward}
+    options: dict[str, Any] = {"ratings": rate or [], **{name: source for name, source in sources.items() if source is not None}}
+    options["output_dir"] = output = output or run / "report"
     judges = judge and [_judge(one, output, key_env, max_requests) for one in judge]
     if is_run:
-        from ..evaluation.runs import all_candidates, evaluate_run
+        from ..evaluation.runs import evaluate_run
 
-        options |= asdict(load_loop(run / "recipe.yaml", given).evaluation) | {"votes": _votes(run) if votes else []}
-        if full or named:
-            options["candidates"] = all_candidates(run) if full else [name.strip() for name in named.split(",")]
+        options = asdict(load_loop(run / "recipe.yaml", given).evaluation) | _named(run, named, full) | options
         options["side_effects"] = _side_effects(side_effects or full or options["side_effects"], toxicity)
-        report = evaluate_run(run, judges=judges, output_dir=output, **options)
+        report = evaluate_run(run, judges=judges, votes=_votes(run) if votes else [], **options)
     else:
         from ..evaluation.compare import evaluate as compare
 
-        options |= {"side_effects": _side_effects(side_effects, toxicity), **({} if samples is None else {"samples": samples})}
-        report = compare(candidates, judge=judges, output_dir=output, **options)
+        options |= {} if samples is None else {"samples": samples}
+        report = compare(candidates, judge=judges, side_effects=_side_effects(side_effects, toxicity), **options)
     print(report)
     print(f"\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
+
+
+def _named(run: Path, named: str | None, full: bool) -> dict[str, list[str]]:
+    """The candidates, where the command says whom."""
+    from ..evaluation.runs import all_candidates
+
+    if full:
+        return {"candidates": all_candidates(run)}
+    return {"candidates": [name.strip() for name in named.split(",")]} if named else {}
 
 
 def _side_effects(wanted: bool, toxicity: str | None) -> "SideEffects | bool":
