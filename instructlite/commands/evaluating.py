@@ -71,10 +71,8 @@ def evaluate(
     if is_run and not any(special):
         run_stages(load_loop(run / "recipe.yaml", given), run, "report")
         return
-    if not is_run and (named or full or votes):
-        raise InstructLiteError(f"--candidates, --full and --votes are about a run, and {run} is none (it has no recipe.yaml)")
-    if not is_run and (prompts is None or not judge or output is None):
-        raise InstructLiteError("to compare adapters, give --prompts FILE, --judge ADAPTER and --output DIRECTORY for the report")
+    if not is_run:
+        _check_adapters(run, bool(named or full or votes), prompts is not None and judge and output)
     from ..training.recipe import quiet_libraries
 
     quiet_libraries()
@@ -95,6 +93,13 @@ def evaluate(
         report = compare(candidates, judge=judges, side_effects=_side_effects(side_effects, toxicity), **options)
     print(report)
     print(f"\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
+
+
+def _check_adapters(run: Path, of_run: bool, complete: object) -> None:
+    if of_run:
+        raise InstructLiteError(f"--candidates, --full and --votes are about a run, and {run} is none (it has no recipe.yaml)")
+    if not complete:
+        raise InstructLiteError("to compare adapters, give --prompts FILE, --judge ADAPTER and --output DIRECTORY for the report")
 
 
 def _named(run: Path, named: str | None, full: bool) -> dict[str, list[str]]:
