@@ -1,4 +1,4 @@
-"""InstructLite: SFT, reward model and PPO as adapters of one base model.
+"""InstructLite: SFT, reward model, DPO and PPO as adapters of one base model.
 
 The public names are loaded on first use, so that `import instructlite` and `--help` load no torch.
 """
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "SFTRecipe": "training.sft",
     "RewardRecipe": "training.reward",
+    "DPORecipe": "training.dpo",
     "PPORecipe": "training.ppo",
     "PPOTrainer": "training.ppo_trainer",
     "PPOConfig": "training.ppo_config",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .evaluation.compare import evaluate
     from .models.manifest import Adapter
     from .sharing.hub import push_to_hub
+    from .training.dpo import DPORecipe
     from .training.ppo import PPORecipe
     from .training.ppo_config import PPOConfig
     from .training.ppo_trainer import PPOTrainer

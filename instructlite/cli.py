@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import data, evaluating, planning, pushing, rounds, running, votes
+from .commands import benchmarking, data, evaluating, planning, pushing, rounds, running, serving, showing, votes
 from .errors import BadRecords, InstructLiteError
 from .training.interrupt import Interruption
 from .training.work import is_main_process, launched
@@ -28,8 +28,12 @@ app.add_typer(data.app, name="data")
 app.add_typer(votes.app, name="votes")
 app.command("round")(rounds.round_of)
 app.command()(evaluating.evaluate)
+app.command()(benchmarking.benchmark)
 app.command()(planning.plan)
+app.command()(showing.app)
 app.command()(pushing.push)
+app.command()(serving.serve)
+app.command()(serving.merge)
 
 
 def main(arguments: list[str] | None = None) -> None:

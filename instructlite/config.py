@@ -28,6 +28,7 @@ def cache_directory() -> Path:
 
 
 STAGES = ("data", "sft", "reward", "judge", "ppo", "report")
+"""Of every loop; what stands under `also` comes between the last two."""
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,11 @@ class Lora:
         _check(Lora, vars(self), "lora")
         if self.r < 1 or (self.top_layers is not None and self.top_layers < 1):
             raise InstructLiteError(f"lora.r and lora.top_layers must be at least 1, not {self.r} and {self.top_layers}")
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The least `max_lora_rank` of vLLM that holds an adapter of this rank; None: it serves none as large."""
+    return next((served for served in (8, 16, 32, 64, 128, 256, 320, 512) if served >= rank), None)
 
 
 @dataclass(kw_only=True)
@@ -118,6 +124,23 @@ class RewardOptions(BaseOptions):
 
 
 @dataclass(kw_only=True)
+class DPOOptions(BaseOptions):
+    """Direct preference optimisation (Rafailov et al. 2023): a policy from comparisons, without a reward model or sampling."""
+
+    model: Any
+    """The SFT adapter that the policy starts from and that is its reference, or a base model."""
+    data: Any
+    """Comparisons, rankings, or both."""
+    eval_data: Any = None
+    """Held-out comparisons and rankings: accuracy and margin are measured on them."""
+    lora: Lora = field(default_factory=Lora)
+    """Only used where `model` is a base without an adapter."""
+    seed: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+    """Goes to trl.DPOConfig untouched: `beta`, `loss_type`, …"""
+
+
+@dataclass(kw_only=True)
 class PPOOptions(BaseOptions):
     """PPO against a reward model, with a KL penalty to the policy it starts from."""
 
@@ -168,6 +191,9 @@ class PPOOptions(BaseOptions):
 class EvaluationOptions:
     """How the candidates answer the held-out prompts."""
 
+    candidates: list[str] | None = None
+    """Stages, base, few-shot:4, context, best-of-4 (of SFT): see evaluation/candidates.py. None: base and all policies of the loop. The
+    first words are about the last one."""
     prompts: int | None = None
     """The first n held-out prompts. None: all."""
     samples: int = 2
@@ -271,6 +297,8 @@ class Loop:
     chat_template: str | None = None
     revision: str | None = None
     seed: int = 0
+    report_to: str | list[str] = "none"
+    """Trackers of every stage: trackio, tensorboard (extra `track`), wandb. metrics.jsonl is written in any case."""
     lora: Lora = field(default_factory=Lora)
     data: DataOptions = field(default_factory=DataOptions)
     sft: dict[str, Any] = field(default_factory=dict)
@@ -278,19 +306,35 @@ class Loop:
     judge: dict[str, Any] = field(default_factory=dict)
     """What differs from `reward`: the judge is a reward model too."""
     ppo: dict[str, Any] = field(default_factory=dict)
+    dpo: dict[str, Any] = field(default_factory=dict)
+    """Used where `also` asks for DPO."""
+    also: dict[str, Any] = field(default_factory=dict)
+    """More policies from the same SFT adapter, compared in the same report: `dpo`, or a variant such as `ppo-ptx` or `dpo-ipo`, and what
+    differs from the section that its name begins with. `also.dpo=` on the command line; `also.ppo-ptx.ptx_data=starter`."""
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     round: RoundOptions = field(default_factory=RoundOptions)
     """Of `instructlite round`; the loop itself does not look at it."""
 
+    @property
+    def trained(self) -> list[str]:
+        """The stages that train, in their order."""
+        return [*(stage for stage in STAGES if stage in SECTIONS), *self.also]
+
+    def section(self, stage: str) -> dict[str, Any]:
+        """What is said of a stage; of one under `also` laid over the section of its kind."""
+        return merge(getattr(self, kind_of(stage)), self.also.get(stage) or {})
+
     def options(self, stage: str) -> dict[str, Any]:
         """The keyword arguments of the stage's recipe class, but for those that the pipeline wires (`model`, `data`, …)."""
-        section = getattr(self, stage)
+        section = self.section(stage)
         top = {name: getattr(self, name) for name in ("quantization", "dtype", "chat_template", "revision", "seed")}
         if stage == "judge":  # one model judges, whatever the reward is made of
             section = merge({option: value for option, value in self.reward.items() if option not in ("ensemble", "seed")}, self.judge)
             # Started from the same random head as a reward model, it would agree with that one by this alone.
             top["seed"] = self.reward.get("seed", self.seed) + self.reward.get("ensemble", 1)
         lora = Lora(**merge(asdict(self.lora), section.get("lora", {})))
+        if self.report_to not in ("none", []):
+            section = {**section, "training": {"report_to": self.report_to, **section.get("training", {})}}
         return {**top, **section, "lora": lora}
 
     def to_dict(self) -> dict[str, Any]:
@@ -298,8 +342,18 @@ class Loop:
         return asdict(self)
 
 
-SECTIONS: dict[str, type] = {"sft": SFTOptions, "reward": RewardOptions, "judge": RewardOptions, "ppo": PPOOptions}
+SECTIONS: dict[str, type] = {"sft": SFTOptions, "reward": RewardOptions, "judge": RewardOptions, "ppo": PPOOptions, "dpo": DPOOptions}
 _WIRED = {"model", "data", "eval_data", "demonstrations", "reward", "reference"}
+
+
+def kind_of(stage: str) -> str:
+    """The section that a stage's options stand in: `ppo` of `ppo-ptx`."""
+    return stage.partition("-")[0]
+
+
+def is_optional(stage: str) -> bool:
+    """Whether it may stand under `also`: `dpo`, and variants of `dpo` and `ppo`. The name is also that of its directory."""
+    return stage == "dpo" or re.fullmatch(r"(dpo|ppo)-\w[\w-]*", stage) is not None
 
 
 def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = (), *, complete: bool = True) -> Loop:
@@ -327,7 +381,7 @@ def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = (), *,
         raise InstructLiteError(f"{path}: required: {', '.join(missing)}; add {' '.join(f'{key}=VALUE' for key in missing)} to the command")
     try:
         loop = _build(Loop, values)
-        for stage in SECTIONS:
+        for stage in (*SECTIONS, *loop.also):
             loop.options(stage)  # what a section does to the top is checked before anything is trained
         return loop
     except InstructLiteError as error:
@@ -411,20 +465,31 @@ def _check(cls: type, values: Mapping, where: str, above: str = "") -> None:
         if value == REQUIRED:
             continue
         if cls is Loop and key in SECTIONS:
-            _check_section(key, value, where)
+            _check_section(key, value, where, key)
+        elif cls is Loop and key == "also":
+            _check_also(value, where)
         elif is_dataclass(hints[key]) and isinstance(value, Mapping):
             _check(hints[key], value, where, f"{above}{key}.")
         elif not _fits(value, hints[key]):
             raise InstructLiteError(f"{where}: {above}{key} must be {_in_words(hints[key])}, not {value!r}")
 
 
-def _check_section(stage: str, values: Any, where: str) -> None:
+def _check_section(name: str, values: Any, where: str, kind: str) -> None:
     if not isinstance(values, Mapping):
-        raise InstructLiteError(f"{where}: {stage} must be a mapping of options, not {values!r}")
+        raise InstructLiteError(f"{where}: {name} must be a mapping of options, not {values!r}")
     wired = next((key for key in values if key in _WIRED), None)
     if wired:
-        raise InstructLiteError(f"{where}: {stage}.{wired} is set by the loop itself: give 'model' or 'data.…' at the top")
-    _check(SECTIONS[stage], values, where, f"{stage}.")
+        raise InstructLiteError(f"{where}: {name}.{wired} is set by the loop itself: give 'model' or 'data.…' at the top")
+    _check(SECTIONS[kind], values, where, f"{name}.")
+
+
+def _check_also(values: Any, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise InstructLiteError(f"{where}: also must be a mapping of stages, such as 'dpo:' or 'ppo-ptx:', not {values!r}")
+    for stage, options in values.items():
+        if not is_optional(str(stage)):
+            raise InstructLiteError(f"{where}: also.{stage} is no stage to add: there are dpo, and variants named dpo-… and ppo-…")
+        _check_section(f"also.{stage}", {} if options is None else options, where, kind_of(stage))
 
 
 def _build(cls: type, values: Mapping) -> Any:

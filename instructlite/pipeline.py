@@ -1,4 +1,4 @@
-"""Run a recipe file's stages in order: data, SFT, reward model, judge, PPO, report.
+"""Run a recipe file's stages in order: data, SFT, reward model, judge, PPO, what stands under `also`, report.
 
 Stages talk through the run directory only. `stages.json` there remembers what each finished stage was made from (its
 options, the data files, the adapters before it); a stage that would be made from the same again is skipped. One that was
@@ -18,14 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .config import SECTIONS, STAGES, DataOptions, Loop
+from .config import STAGES, DataOptions, Loop, is_optional, kind_of
 from .data.records import as_groups, data_hash, opening, read_ptx, read_records, split_by_prompt, write_records
 from .errors import BadRecords, InstructLiteError
 from .models.manifest import NAME as MANIFEST
@@ -73,25 +73,29 @@ def run_loop(
 ) -> LoopRun:
     """Run the loop into `output_dir`, skipping what is done.
 
-    only: run this stage alone, again if it is done, on what the stages before it left there. isolate: each stage in a
+    only: run this stage alone, again if it is done, on what the stages before it left there; one that may stand under `also` need not
+    stand there. isolate: each stage in a
     process of its own, so that it starts with all of the memory (a script must then stand under `if __name__ == "__main__"`;
     not under a launcher, whose processes know each other).
     resume: let a stage that was interrupted go on from its last checkpoint (see `Recipe.run`). Raises InstructLiteError
     before anything is trained if a data file or a `training:` block has faults, and Interrupted after SIGTERM or Ctrl-C.
     """
     if only is not None and only not in STAGES:
-        raise InstructLiteError(f"--only {only}: no such stage; stages: {', '.join(STAGES)}")
+        if not is_optional(only):
+            raise InstructLiteError(f"--only {only}: no such stage; stages: {', '.join(dict.fromkeys([*STAGES, 'dpo', *loop.also]))}")
+        loop = replace(loop, also={**loop.also, only: loop.also.get(only)})
     run = Path(output_dir)
     # Every section goes through its recipe, and its `training:` block through its config class, now, not when its stage begins,
     # minutes or hours from here.
-    for stage in SECTIONS:
+    for stage in loop.trained:
         if only in (None, stage):
-            recipe_class(stage)(**{**loop.options(stage), **stage_inputs(stage, loop, run)})
-            recipe_class(stage).check_training(loop.options(stage).get("training", {}))
-    if only in (None, "ppo") and loop.ppo.get("rewards"):
-        from .training.rewards import check_functions
+            options = loop.options(stage)
+            recipe_class(stage)(**{**options, **stage_inputs(stage, loop, run)})
+            recipe_class(stage).check_training(options.get("training", {}))
+            if options.get("rewards"):
+                from .training.rewards import check_functions
 
-        check_functions(loop.ppo["rewards"])
+                check_functions(options["rewards"])
     run.mkdir(parents=True, exist_ok=True)
     main = is_main_process()
     with Interruption(f"run_loop(..., {str(output_dir)!r}, resume=True)") as interruption, locked(run) if main else nullcontext():
@@ -108,14 +112,14 @@ def _run_stages(loop: Loop, run: Path, only: str | None, resume: bool, call: "Ca
     # 1. Data: read and split again each time, which takes seconds and is how a changed file is noticed
     if only in (None, "data") or not (run / "data" / "data.json").is_file():
         with ledger.running("data", made_from="sources"):
-            say(f"data: {prepare_data(loop.data, run / 'data', loop.ppo.get('ptx_data'))}")
+            say(f"data: {prepare_data(loop.data, run / 'data', ptx_sources(loop))}")
         done.append(ledger.stage_run("data", run / "data", skipped=False))
     if launched():
         from .training.recipe import wait_for_all_processes
 
         wait_for_all_processes()
-    # 2. SFT  3. Reward model  4. Judge  5. PPO
-    for stage in SECTIONS:
+    # 2. SFT  3. Reward model  4. Judge  5. PPO, and other policies beside it
+    for stage in loop.trained:
         if only in (None, stage):
             inputs = stage_inputs(stage, loop, run)
             done.append(
@@ -128,10 +132,20 @@ def _run_stages(loop: Loop, run: Path, only: str | None, resume: bool, call: "Ca
     return LoopRun(run, done, report)
 
 
-def prepare_data(options: DataOptions, directory: Path, ptx: str | list[str] | None = None) -> str:
+def ptx_sources(loop: Loop) -> dict[str, Any]:
+    """For each PPO-ptx the name of its file, and where its texts come from."""
+    sources = {stage: loop.section(stage).get("ptx_data") for stage in loop.trained if kind_of(stage) == "ppo"}
+    return {ptx_file(stage): source for stage, source in sources.items() if source is not None}
+
+
+def ptx_file(stage: str) -> str:
+    return "ptx" if stage == "ppo" else f"{stage}-texts"
+
+
+def prepare_data(options: DataOptions, directory: Path, ptx: Mapping[str, str | list[str]] | None = None) -> str:
     """Read, split and write the run's records as JSONL, with `data.json` (rows and hashes of each file); returns a summary.
 
-    ptx: where PPO-ptx has its texts from; "demonstrations" are those that SFT trains on.
+    ptx: for each file where PPO-ptx has its texts from; "demonstrations" are those that SFT trains on.
 
     Of several processes each reads, so that faults stop them all, and the main one writes. Raises BadRecords with the faults of
     all sources together.
@@ -144,9 +158,10 @@ def prepare_data(options: DataOptions, directory: Path, ptx: str | list[str] | N
         "heldout_demonstrations": (_file(options.heldout_demonstrations), "demonstrations"),
         "judge": (_file(options.judge), None),
         "heldout": (_file(options.heldout), None),
-        "ptx": (None if ptx == "demonstrations" else ptx, None),
     }
-    rows = _read_all({name: source for name, source in sources.items() if source[0] is not None})
+    ptx = ptx or {}
+    texts = {name: source for name, source in ptx.items() if source != "demonstrations"}
+    rows = _read_all({name: source for name, source in sources.items() if source[0] is not None}, texts)
     heldout_demonstrations = {"heldout_demonstrations": options.heldout_demonstrations}
     sft = _split(rows["demonstrations"], "demonstrations", options.demonstration_limit, heldout_demonstrations, options.seed)
     # One file holds one kind of record; a comparison is a ranking of two.
@@ -164,14 +179,15 @@ def prepare_data(options: DataOptions, directory: Path, ptx: str | list[str] | N
     for name in ("prompts", "heldout_prompts"):
         if not parts[name]:
             raise InstructLiteError(f"data.prompt_characters={options.prompt_characters} leaves no {name}; raise it")
-    if ptx == "demonstrations":
-        parts["ptx"] = parts["demonstrations"]
-    names = [*FILES, *(["ptx"] if ptx is not None else [])]
+    parts |= {name: parts["demonstrations"] for name, source in ptx.items() if source == "demonstrations"}
+    names = [*FILES, *ptx]
     if is_main_process():
         _write_data(options, directory, {name: parts[name] for name in names})
     return ", ".join(f"{len(parts[name])} {name.replace('_', ' ')}" for name in names)
 
 
+EVALUATED = ("context", "reference", "category")
+"""Columns of held-out comparisons: what the candidate "context" is shown, what judges may compare with, and the use case."""
 FILES = ("demonstrations", "heldout_demonstrations", "reward", "judge", "heldout", "prompts", "heldout_prompts")
 
 
@@ -187,11 +203,12 @@ def _file(part: int | float | str) -> str | None:
     return part if isinstance(part, str) else None
 
 
-def _read_all(sources: Mapping[str, tuple[Any, str | None]]) -> dict[str, list[dict]]:
+def _read_all(sources: Mapping[str, tuple[Any, str | None]], texts: Mapping[str, Any]) -> dict[str, list[dict]]:
     rows, problems = {}, []
-    for name, (source, kind) in sources.items():
+    readers: dict[str, Callable[[], list[dict]]] = {name: partial(read_records, *source) for name, source in sources.items()}
+    for name, read in (readers | {name: partial(read_ptx, source) for name, source in texts.items()}).items():
         try:
-            rows[name] = read_ptx(source) if name == "ptx" else read_records(source, kind)
+            rows[name] = read()
         except BadRecords as error:
             problems += error.problems
     if problems:
@@ -219,18 +236,23 @@ def _by_answer_length(records: list[dict], characters: int | None) -> tuple[list
 
 
 def _prompts(records: list[dict], characters: int | None, columns: bool = False) -> list[dict]:
-    """The different conversations of the records, in order, but for those that are too long; with their other columns or without."""
-    rows = {json.dumps(row["prompt"]): row if columns else {"prompt": row["prompt"]} for row in records}.values()
+    """The different conversations of the records, in order, but for those that are too long; with all of their other columns, or with
+    those that evaluation knows."""
+    rows = {
+        json.dumps(row["prompt"]): {name: value for name, value in row.items() if columns or name in ("prompt", *EVALUATED)}
+        for row in records
+    }.values()
     return [row for row in rows if characters is None or sum(len(turn["content"]) for turn in row["prompt"]) <= characters]
 
 
 def recipe_class(stage: str) -> type:
     """The recipe that trains a stage. Loads torch."""
+    from .training.dpo import DPORecipe
     from .training.ppo import PPORecipe
     from .training.reward import RewardRecipe
     from .training.sft import SFTRecipe
 
-    return {"sft": SFTRecipe, "reward": RewardRecipe, "judge": RewardRecipe, "ppo": PPORecipe}[stage]
+    return {"sft": SFTRecipe, "reward": RewardRecipe, "judge": RewardRecipe, "ppo": PPORecipe, "dpo": DPORecipe}[kind_of(stage)]
 
 
 def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
@@ -238,13 +260,19 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
     data = run / "data"
     if stage == "sft":
         return {"model": loop.model, "data": data / "demonstrations.jsonl", "eval_data": data / "heldout_demonstrations.jsonl"}
-    if stage == "ppo":
-        texts = {} if loop.ppo.get("ptx_data") is None else {"ptx_data": data / "ptx.jsonl"}
-        watch = {"watch_reward": run / "judge"} if loop.ppo.get("watch_reward") == "judge" else {}
+    if kind_of(stage) == "ppo":
+        section = loop.section(stage)
+        texts = {} if section.get("ptx_data") is None else {"ptx_data": data / f"{ptx_file(stage)}.jsonl"}
+        watch = {"watch_reward": run / "judge"} if section.get("watch_reward") == "judge" else {}
         return {"model": run / "sft", "reward": run / "reward", "data": data / "prompts.jsonl", **texts, **watch}
+    if kind_of(stage) == "dpo":
+        return {"model": run / "sft", "data": data / "reward.jsonl", "eval_data": data / "heldout.jsonl"}
     if stage == "report":
-        adapters = {name: run / name for name in ("sft", "ppo", "judge", "reward")}
-        return {**adapters, "data": data / "heldout_prompts.jsonl", "heldout_demonstrations": data / "heldout_demonstrations.jsonl"}
+        adapters = {name: run / name for name in ("sft", "ppo", *loop.also, "judge", "reward")}
+        return {
+            **adapters,
+            **{name: data / f"{name}.jsonl" for name in ("heldout_prompts", "heldout_demonstrations", "demonstrations", "heldout")},
+        }
     return {
         "model": run / "sft",
         "data": data / f"{stage}.jsonl",
@@ -266,7 +294,11 @@ def train(
     say: Say,
 ) -> StageRun:
     """Train a stage into `path`, unless it stands there, made from the same (again: also then)."""
-    made_from = made_of(stage, inputs, {**options, "lora": asdict(options["lora"])})
+    deciding = {**options, "lora": asdict(options["lora"])}
+    if training := deciding.pop("training", None):  # who is told of it changes nothing
+        training = {name: value for name, value in training.items() if name != "report_to"}
+    deciding |= {"training": training} if training else {}
+    made_from = made_of(stage, inputs, deciding)
     if not again and is_adapter(path) and ledger.has(stage, made_from):
         say(f"{stage}: kept from before, made from the same options and data ({path})")
         return ledger.stage_run(stage, path, skipped=True)
@@ -283,12 +315,16 @@ def _came_of_it(stage: str, metrics: Mapping[str, Any]) -> str:
     """The numbers of a stage that a person waits for."""
     if stage == "sft" and "eval_perplexity" in metrics:
         return f"; perplexity of held-out answers {metrics['eval_perplexity_before']:.2f} -> {metrics['eval_perplexity']:.2f}"
+    if "eval_margin" in metrics:
+        interval = f"[{metrics['eval_accuracy_low']:.2f}, {metrics['eval_accuracy_high']:.2f}]"
+        pairs = f"{metrics['eval_pairs']} held-out pairs, mean margin {metrics['eval_margin']:.2f}"
+        return f"; prefers the better answer in {metrics['eval_accuracy']:.2f} {interval} of {pairs}"
     if "eval_accuracy" in metrics:
         interval = f"[{metrics['eval_accuracy_low']:.2f}, {metrics['eval_accuracy_high']:.2f}]"
         longer, correlation = metrics["eval_longer_wins"], metrics["eval_length_correlation"]
         length = f"the longer answer wins in {longer:.2f}; margin and length correlate {correlation:.2f}"
         return f"; accuracy {metrics['eval_accuracy']:.2f} {interval} on {metrics['eval_pairs']} held-out pairs ({length})"
-    if stage == "ppo" and "last" in metrics:
+    if "last" in metrics:
         first, last = metrics["first"], metrics["last"]
         scores = f"{first['objective/score']:.2f} -> {last['objective/score']:.2f}"
         kl = round(last["objective/kl"], 1) + 0.0  # never -0.0
@@ -300,12 +336,10 @@ def _run_recipe(stage: str, options: dict[str, Any], path: Path, resume: bool) -
     return recipe_class(stage)(**options).run(path, resume=resume)
 
 
-def _evaluate(run: Path, inputs: dict[str, Any], options: dict[str, Any]) -> "Report":
-    from .evaluation.compare import evaluate
+def _evaluate(run: Path, options: dict[str, Any]) -> "Report":
+    from .evaluation.runs import evaluate_run
 
-    # The judge comes first and leads; the reward model beside it shows what PPO was optimised for.
-    candidates, judges = ["base", run / "sft", run / "ppo"], [run / "judge", run / "reward"]
-    return evaluate(candidates, judge=judges, output_dir=run / "report", **inputs, **options)
+    return evaluate_run(run, **options)
 
 
 def _report(loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: bool, say: Say) -> tuple[StageRun, "Report | None"]:
@@ -314,10 +348,11 @@ def _report(loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: boo
     if not again and (path / "report.json").is_file() and ledger.has("report", made_from):
         say(f"report: kept from before, made from the same options and adapters ({path})")
         return ledger.stage_run("report", path, skipped=True), None
-    say("report: base, SFT and PPO answer the held-out prompts")
-    records = {name: inputs[name] for name in ("data", "heldout_demonstrations")}
+    # The last one is what the report's first words are about.
+    candidates = loop.evaluation.candidates or ["base", "sft", *loop.also, "ppo"]
+    say(f"report: {', '.join(candidates)} answer the held-out prompts")
     with ledger.running("report", made_from) as peak:
-        report, memory = call(_evaluate, run, records, asdict(loop.evaluation))
+        report, memory = call(_evaluate, run, asdict(loop.evaluation) | {"candidates": candidates})
         peak |= memory
     return ledger.stage_run("report", path, skipped=False), report
 
@@ -357,7 +392,7 @@ def in_own_process(function: Callable, *arguments: Any, interruption: Interrupti
     """
     own = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(own)
-    context.set_forkserver_preload([f"instructlite.{name}" for name in ("training.ppo", "training.reward", "evaluation.compare")])
+    context.set_forkserver_preload([f"instructlite.{name}" for name in ("training.ppo", "training.dpo", "evaluation.compare")])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
     with interruption.passed_on_to(process) if interruption else nullcontext():

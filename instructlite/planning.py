@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from .config import EMBEDDED, EMBEDDED_HUB_ID, REQUIRED, Loop, cache_directory, merge
+from .config import EMBEDDED, EMBEDDED_HUB_ID, REQUIRED, Loop, cache_directory, kind_of, merge
 from .data.records import as_groups, read_ptx, read_records
 from .errors import InstructLiteError
 from .models import memory
@@ -43,6 +43,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"max_length": 1024, "gradient_checkpointing": True},
     "reward": {"max_length": 1024, "gradient_checkpointing": True},
     "judge": {"max_length": 1024, "gradient_checkpointing": True},
+    "dpo": {"max_length": 1024, "gradient_checkpointing": True},
     "ppo": {
         "response_length": 53,
         "num_mini_batches": 1,
@@ -174,7 +175,7 @@ def plan(loop: Loop, device: Device, *, shapes: Shapes | None = None, lengths: L
     """
     shapes = shapes or shapes_of(loop.model, loop.revision)
     lengths = lengths or lengths_of(loop)
-    stages = [_stage(name, loop, device, shapes, lengths) for name in PLANNERS]
+    stages = [_stage(name, loop, device, shapes, lengths) for name in (*loop.trained, "report")]
     changes = {stage.stage: _changes(stage.stage, loop, device, shapes, lengths) for stage in stages if not stage.fits}
     return Plan(loop, device, lengths, stages, changes)
 
@@ -226,7 +227,7 @@ def bases_that_fit(loop: Loop, lengths: Lengths | None = None) -> list[tuple[str
 
 
 def _fits(loop: Loop, device: Device, shapes: Shapes, lengths: Lengths) -> bool:
-    return all(_stage(name, loop, device, shapes, lengths).fits for name in PLANNERS)
+    return all(_stage(name, loop, device, shapes, lengths).fits for name in (*loop.trained, "report"))
 
 
 # --- what is known of base and data -----------------------------------------------------------------------------------------
@@ -236,8 +237,9 @@ def shapes_of(model: str, revision: str | None = None) -> Shapes:
     """Of a known base, or from config.json: of a directory, the Hub's cache, or the Hub."""
     model = EMBEDDED_HUB_ID if model == EMBEDDED else model
     path = Path(model) / "config.json"
-    if model in BASES and not path.is_file():
-        return BASES[model]
+    tuned = f"{model}-Instruct"  # what a base became has its shapes
+    if not path.is_file() and (known := BASES.get(model) or BASES.get(tuned)):
+        return known
     if not path.is_file():
         path = _from_hub(model, revision)
     try:
@@ -267,8 +269,8 @@ def lengths_of(loop: Loop) -> Lengths:
     short = [group for group in groups if not data.answer_characters or max(map(len, group["responses"])) <= data.answer_characters]
     prompts = _rows(data.prompts, "prompts") or groups
     prompts = [row for row in prompts if not data.prompt_characters or _characters(row["prompt"]) <= data.prompt_characters]
-    ptx = loop.ppo.get("ptx_data")
-    texts = demonstrations if ptx == "demonstrations" else _rows(ptx, None, read_ptx)
+    ptx = [source for stage in loop.trained if (source := loop.section(stage).get("ptx_data")) is not None]
+    texts = [row for source in ptx for row in (demonstrations if source == "demonstrations" else _rows(source, None, read_ptx)) or []]
 
     def group_length(group: Mapping[str, Any]) -> int:
         return count(group["prompt"]) + max(map(count, group["responses"]))
@@ -351,7 +353,7 @@ class _Asked:
 
     @property
     def training(self) -> dict[str, Any]:
-        return TRAINING | DEFAULTS[self.stage] | self.options.get("training", {})
+        return TRAINING | DEFAULTS[kind_of(self.stage)] | self.options.get("training", {})
 
     @property
     def size(self) -> int:
@@ -436,6 +438,17 @@ def _reward(asked: _Asked) -> StagePlan:
     return StagePlan(asked.stage, asked.parts(1, 1), phases, asked.disk(1, members), asked.device, 2 * longest // 8)
 
 
+def _dpo(asked: _Asked) -> StagePlan:
+    """The policy's pass with the logits of all answer tokens, and one more adapter, the reference, that only reads."""
+    training = asked.training
+    longest = _at_most(training["max_length"], asked.lengths.compared, ASSUMED_PROMPT + ASSUMED_ANSWER)
+    longest += -longest % 8
+    tokens, read = (2 * longest * training[f"per_device_{part}_batch_size"] for part in ("train", "eval"))
+    phases = asked.learning(tokens, memory.logit_tile(asked.shapes, asked.size, tokens, gpu=asked.device.gpu))
+    phases["evaluate"] = asked.reading(read) + memory.logit_tile(asked.shapes, asked.size, read, gpu=asked.device.gpu)
+    return StagePlan(asked.stage, asked.parts(2, 1), phases, asked.disk(1), asked.device, 2 * longest // 8)
+
+
 def _ppo(asked: _Asked) -> StagePlan:
     training, options = asked.training, asked.options
     prompt = _at_most(training.get("max_prompt_length"), asked.lengths.prompt, ASSUMED_PROMPT)
@@ -459,11 +472,11 @@ def _ppo(asked: _Asked) -> StagePlan:
         kept = memory.kept(asked.shapes, asked.size, asked.rank, "lean", layers=asked.layers, checkpointing=asked.checkpointing)
         phases["ptx"] = rows * kept + memory.logits(asked.shapes, min(rows, training["logp_chunk_size"])) + asked.unpacked
     shapes = min(MOST_SHAPES, training["max_steps"] if training.get("max_steps", -1) > 0 else MOST_SHAPES)
-    return StagePlan("ppo", asked.parts(adapters, 2), phases, asked.disk(2), asked.device, shapes)
+    return StagePlan(asked.stage, asked.parts(adapters, 2), phases, asked.disk(2), asked.device, shapes)
 
 
 def _report(asked: _Asked) -> StagePlan:
-    """base, SFT and PPO answer; the judge and the reward model score. All are in memory together."""
+    """Base, SFT and the policies answer; the judge and the reward model score. All are in memory together."""
     evaluation, shapes = asked.options["evaluation"], asked.shapes
     prompt = _at_most(evaluation.max_prompt_length, asked.lengths.prompt, ASSUMED_PROMPT)
     rows, width, computes = evaluation.batch_size, prompt + evaluation.max_new_tokens, asked.computes
@@ -471,18 +484,20 @@ def _report(asked: _Asked) -> StagePlan:
         "generate": memory.generation(shapes, asked.size, rows, prompt, evaluation.max_new_tokens, computes) + asked.unpacked,
         "score": asked.reading(rows * width) + memory.logits(shapes, min(256, width)),
     }
-    return StagePlan("report", asked.parts(3 + asked.options["ensemble"], 0), phases, 0.0, asked.device)
+    return StagePlan("report", asked.parts(asked.options["policies"] + 1 + asked.options["ensemble"], 0), phases, 0.0, asked.device)
 
 
-PLANNERS: dict[str, Callable[[_Asked], StagePlan]] = {"sft": _sft, "reward": _reward, "judge": _reward, "ppo": _ppo, "report": _report}
+PLANNERS: dict[str, Callable[[_Asked], StagePlan]] = {
+    "sft": _sft, "reward": _reward, "judge": _reward, "ppo": _ppo, "dpo": _dpo, "report": _report
+}  # fmt: skip
 
 
 def _stage(name: str, loop: Loop, device: Device, shapes: Shapes, lengths: Lengths) -> StagePlan:
-    # The reward model and PPO go on with SFT's adapter, in its shape.
+    # The reward model and the policies go on with SFT's adapter, in its shape.
     section = "ppo" if name == "report" else name
     options = loop.options(section) | {"lora": loop.options("sft")["lora"], "evaluation": loop.evaluation}
-    options["ensemble"] = loop.reward.get("ensemble", 1)
-    return PLANNERS[name](_Asked(section, options, device, shapes, lengths))
+    options["ensemble"], options["policies"] = loop.reward.get("ensemble", 1), 2 + len(loop.also)
+    return PLANNERS[kind_of(name)](_Asked(section, options, device, shapes, lengths))
 
 
 def _at_most(limit: int | None, known: int | None, assumed: int) -> int:
@@ -530,10 +545,11 @@ def _remedies(stage: str, loop: Loop) -> Iterator[Change]:
         yield from ({"evaluation.batch_size": rows} for rows in _halves(loop.evaluation.batch_size))
         yield from coarser
         return
-    training = TRAINING | DEFAULTS[stage] | loop.options(stage).get("training", {})
-    at = f"{stage}.training."
+    kind = kind_of(stage)
+    training = TRAINING | DEFAULTS[kind] | loop.options(stage).get("training", {})
+    at = f"also.{stage}.training." if stage in loop.also else f"{stage}.training."
     batch, accumulation = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
-    if stage == "ppo":
+    if kind == "ppo":
         at_once = training.get("generation_batch_size") or batch * accumulation * training["num_mini_batches"]
         yield from ({f"{at}generation_batch_size": rows} for rows in _halves(at_once, least=4))
     if not training["gradient_checkpointing"]:
@@ -541,10 +557,10 @@ def _remedies(stage: str, loop: Loop) -> Iterator[Change]:
     for rows in _halves(batch):
         if batch % rows == 0:  # the same batch in more parts
             yield {f"{at}per_device_train_batch_size": rows, f"{at}gradient_accumulation_steps": accumulation * batch // rows}
-    if stage == "ppo":
+    if kind == "ppo":
         yield {f"{at}logp_chunk_size": 64}
     yield from coarser
-    length = "response_length" if stage == "ppo" else "max_length"
+    length = "response_length" if kind == "ppo" else "max_length"
     yield from ({f"{at}{length}": tokens} for tokens in _halves(training[length], least=64))
 
 

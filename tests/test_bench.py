@@ -16,9 +16,12 @@ import data_rate
 import phases as phases_module
 import ppo_gpu
 import ppo_profile
+import verdict
 from phases import CLEAR_REFS, Phases
 
 from instructlite.data.containers import STARTER
+from instructlite.data.records import write_records
+from instructlite.pipeline import run_loop
 from instructlite.training import rollout
 
 SCORES = [f"score: {role}" for role in ppo_profile.ROLES]
@@ -158,3 +161,44 @@ def test_the_classifier_of_use_cases_is_trained_and_measured():
     assert set(labels) == {"open_qa", "brainstorming"}  # the others are too rare there to be learnt
     result = mixture_model.measure(mixture_model.fit(features, labels, 1.0), features, labels)
     assert result["rows"] == len(prompts) == 130 and result["accuracy"] > 0.9
+
+
+TINY = """\
+model: {model}
+dtype: float32
+chat_template: chatml
+lora: {{r: 4, alpha: 8, top_layers: 1}}
+data: {{demonstrations: {folder}/d.jsonl, comparisons: {folder}/c.jsonl, judge: 8, heldout: 8, comparison_limit: 16}}
+sft: {{training: {{max_steps: 1, gradient_checkpointing: false}}}}
+reward: {{training: {{max_steps: 1, gradient_checkpointing: false}}}}
+dpo: {{training: {{max_steps: 1, gradient_checkpointing: false}}}}
+ppo: {{training: {{per_device_train_batch_size: 2, num_mini_batches: 2, num_ppo_epochs: 1, max_steps: 4, response_length: 4}}}}
+evaluation: {{prompts: 3, samples: 1, max_new_tokens: 4}}
+"""
+
+
+def test_the_verdict_trains_all_policies_and_records_one_table(tiny_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verdict, "run_loop", lambda *given, **options: run_loop(*given, **(options | {"isolate": False})))
+    write_records(tmp_path / "d.jsonl", [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)])
+    write_records(tmp_path / "c.jsonl", [{"prompt": f"ask {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)])
+    recipe, run, file = tmp_path / "tiny.yaml", tmp_path / "run", tmp_path / "verdict.json"
+    recipe.write_text(TINY.format(model=tiny_path, folder=tmp_path))
+    verdict.main([str(recipe), "--output", str(run), "--json", str(file), "evaluation.samples=2"])
+    recorded = json.loads(file.read_text())
+    names = ["base", "few-shot:4", "sft", "best-of-4", "dpo", "ppo-ptx", "ppo"]
+    assert [row["candidate"] for row in recorded["verdict"]] == names
+    rows = {row["candidate"]: row for row in recorded["verdict"]}
+    for name in set(names) - {"sft"}:
+        rate = rows[name]["sampled against sft"]
+        assert 0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1
+        greedy = rows[name]["greedy against ppo"]
+        assert greedy is None if name in ("ppo", "best-of-4") else 0 <= greedy["low"] <= greedy["rate"] <= greedy["high"] <= 1
+    assert rows["sft"]["sampled against sft"] is None
+    forth, back = rows["ppo"]["sampled against sft"], rows["sft"]["sampled against ppo"]
+    assert forth["rate"] == pytest.approx(1 - back["rate"]) and forth["low"] == pytest.approx(1 - back["high"])
+    assert {"date", "machine", "versions", "recipe", "report"} <= set(recorded) and "answers" not in recorded["report"]
+    assert recorded["report"]["settings"]["samples"] == 2
+    (watched,) = [row for row in recorded["report"]["training"] if row["candidate"] == "ppo-ptx"]
+    assert {"objective/kl", "objective/score", "watch/score"} <= set(watched["curves"])
+    assert [stage["stage"] for stage in recorded["stages"]][4:] == ["ppo", "dpo", "ppo-ptx", "report"]
+    assert "best-of-4" in capsys.readouterr().out

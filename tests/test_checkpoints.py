@@ -20,6 +20,7 @@ from instructlite.errors import InstructLiteError
 from instructlite.models.manifest import Adapter
 from instructlite.training import sft
 from instructlite.training.checkpoints import Checkpointing, checkpoints, fault, newest_verified, rotate, seal, step_of, sweep
+from instructlite.training.dpo import DPORecipe
 from instructlite.training.ppo import PPORecipe
 from instructlite.training.reward import RewardRecipe
 from instructlite.training.sft import SFTRecipe
@@ -73,6 +74,12 @@ def tiny_reward(tiny_path, **changes) -> RewardRecipe:
     return RewardRecipe(model=str(tiny_path), training=TRAINING, **(options | changes))
 
 
+def tiny_dpo(tiny_path) -> DPORecipe:
+    lora = Lora(r=4, alpha=8, dropout=0.2)
+    options = {"data": PAIRS, "eval_data": PAIRS[:5], "dtype": "float32", "chat_template": "chatml", "lora": lora}
+    return DPORecipe(model=str(tiny_path), training=TRAINING | {"disable_dropout": False}, **options)
+
+
 def timeless(values: dict) -> dict:
     return {name: value for name, value in values.items() if not any(time in name for time in TIMES)}
 
@@ -83,7 +90,7 @@ def outcome(adapter: Adapter) -> tuple:
     return adapter.sha256, timeless(adapter.metrics), [timeless(line) for line in lines]
 
 
-@pytest.mark.parametrize("build", [tiny_sft, tiny_reward])
+@pytest.mark.parametrize("build", [tiny_sft, tiny_reward, tiny_dpo])
 def test_a_run_resumed_after_any_step_is_the_uninterrupted_run(build, tiny_path, tmp_path, kill_after):
     expected = outcome(build(tiny_path).run(tmp_path / "whole"))
     for step in (1, 3, 4, STEPS):  # 3 steps an epoch

@@ -1,5 +1,6 @@
 """The verbs: what they print, where, and with which exit code."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from instructlite import __version__, cli
 from instructlite.config import load_loop, recipes
 from instructlite.data.records import read_records
 from instructlite.errors import InstructLiteError
+from instructlite.feedback.ballots import Answer, Ballot, Candidate
+from instructlite.feedback.store import Store
 from instructlite.pipeline import LoopRun, StageRun
 
 
@@ -124,17 +127,80 @@ def test_evaluate_of_adapters_needs_prompts_a_judge_and_a_place(run_cli, monkeyp
 
     monkeypatch.setattr("instructlite.evaluation.compare.evaluate", evaluate)
     result = run_cli("evaluate", "base", "a", "--prompts", "p.jsonl", "--judge", "j", "--output", tmp_path)
-    assert given == {"candidates": ["base", "a"], "data": Path("p.jsonl"), "judge": "j", "output_dir": tmp_path}
+    assert given == {
+        "candidates": ["base", "a"],
+        "data": Path("p.jsonl"),
+        "judge": ["j"],
+        "output_dir": tmp_path,
+        "ratings": [],
+        "side_effects": False,
+    }
     assert result.out.startswith("a table\n")
+    assert "--votes are about a run, and base is none" in run_cli("evaluate", "base", "a", "--full").err
 
 
-def test_evaluate_of_a_run_on_other_prompts_takes_the_rest_from_the_run(run_cli, monkeypatch, tmp_path):
-    (tmp_path / "recipe.yaml").write_text("model: m\n")
+@pytest.fixture
+def evaluated(monkeypatch, tmp_path):
+    """A run directory, and what evaluate() is given for it."""
+    (tmp_path / "recipe.yaml").write_text("model: m\nevaluation: {prompts: 3}\n")
+    for name, role in (("sft", "policy"), ("dpo", "policy"), ("ppo", "policy"), ("judge", "reward"), ("reward", "reward")):
+        (tmp_path / name).mkdir()
+        hashes = dict.fromkeys(("fingerprint", "tokenizer_sha256", "template_sha256"), "f")
+        manifest = {"role": role, "base": "m", "revision": None, "quantization": "none", "dtype": "float32", "format": 1, **hashes}
+        (tmp_path / name / "instructlite.json").write_text(json.dumps(manifest))
+    (tmp_path / "data").mkdir()
+    for name in ("demonstrations", "heldout"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("{}\n")
     given = {}
     monkeypatch.setattr("instructlite.evaluation.compare.evaluate", lambda candidates, **rest: given.update(rest, candidates=candidates))
-    run_cli("evaluate", tmp_path, "--prompts", "p.jsonl", "--output", tmp_path / "out")
-    assert given["candidates"] == ["base", str(tmp_path / "sft"), str(tmp_path / "ppo")]
-    assert (given["data"], given["judge"]) == (Path("p.jsonl"), str(tmp_path / "judge"))
+    return SimpleNamespace(run=tmp_path, given=given)
+
+
+def test_evaluate_of_a_run_on_other_prompts_takes_the_rest_from_the_run(run_cli, evaluated):
+    run, given = evaluated.run, evaluated.given
+    run_cli("evaluate", run, "--prompts", "p.jsonl", "--output", run / "out")
+    assert given["candidates"] == ["base", str(run / "sft"), str(run / "dpo"), str(run / "ppo")]
+    assert given["judge"] == [str(run / "judge"), str(run / "reward")]
+    assert (given["data"], given["output_dir"], given["prompts"]) == (Path("p.jsonl"), run / "out", 3)
+    assert given["demonstrations"] == run / "data" / "demonstrations.jsonl" and given["comparisons"] == run / "data" / "heldout.jsonl"
+    assert given["reward"] == run / "reward"
+
+
+def test_candidates_of_a_run_are_named_by_its_stages(run_cli, evaluated):
+    run, given = evaluated.run, evaluated.given
+    run_cli("evaluate", run, "--candidates", "base, few-shot:2,sft,best-of-4:ppo,ppo", "--samples", "5")
+    assert given["candidates"] == ["base", "few-shot:2", str(run / "sft"), "best-of-4:ppo", str(run / "ppo")]
+    assert (given["samples"], given["data"], given["output_dir"]) == (5, run / "data" / "heldout_prompts.jsonl", run / "report")
+    run_cli("evaluate", run, "--full")
+    assert given["candidates"] == ["base", "few-shot:4", str(run / "sft"), "best-of-4", str(run / "dpo"), str(run / "ppo")]
+
+
+def test_judges_of_a_run_are_stages_or_language_models(run_cli, evaluated, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    judged = ["--judge", "judge", "--judge", "llm:m@http://127.0.0.1:9/v1", "--rate", "likert", "--key-env", "MY_KEY"]
+    run_cli("evaluate", evaluated.run, *judged)
+    reward, model = evaluated.given["judge"]
+    assert (reward, model.name) == (str(evaluated.run / "judge"), "m")
+    assert model.completions.cache.path == evaluated.run / "report" / "verdicts.sqlite"
+    assert evaluated.given["ratings"] == ["likert"]
+
+
+def test_blind_votes_of_a_run_are_counted_where_they_are_wanted(run_cli, evaluated):
+    store = Store(evaluated.run)
+    for temperature in (1.0, 0):
+        answers = [
+            Answer(Candidate(name, "m", name and "a" * 64), f"an answer {number}", {"temperature": temperature})
+            for number, name in enumerate(("", "sft"))
+        ]
+        item = store.add_item([{"role": "user", "content": f"q at {temperature}"}], answers)
+        store.record(item, store.voter().key, Ballot.tie())
+    store.close()
+    run_cli("evaluate", evaluated.run, "--votes")
+    rows = evaluated.given["votes"]
+    assert [(row["outcome"], row["decoding"], {row["a"], row["b"]}) for row in rows] == [
+        (0.5, "sampled", {"a" * 64, ""}),
+        (0.5, "greedy", {"a" * 64, ""}),
+    ]
 
 
 FAULTY = b"""\

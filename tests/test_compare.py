@@ -3,12 +3,16 @@
 import copy
 import json
 import math
+import random
+import re
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import byte_tokenizer
+from endpoints import Reply, stand_in
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -16,7 +20,11 @@ from transformers import AutoModelForCausalLM
 from instructlite import evaluate
 from instructlite.config import Lora
 from instructlite.errors import InstructLiteError
-from instructlite.evaluation.compare import Candidate, Comparison, Decoding
+from instructlite.evaluation import kept
+from instructlite.evaluation.compare import Comparison
+from instructlite.evaluation.judges import language_model
+from instructlite.evaluation.judging import Decoding
+from instructlite.evaluation.report import Report
 from instructlite.models.base import load_base, lora_config
 from instructlite.models.manifest import Adapter, write_manifest
 from instructlite.models.roles import RoleModel
@@ -72,7 +80,9 @@ def report(runs, tmp_path_factory):
 
 
 def row(rows, **keys):
-    found = [row for row in rows if all(row[name] == value for name, value in keys.items())]
+    """The row with these values; one of sampled answers against greedy ones only where it is asked for."""
+    keys = {"b_decoding": None} | keys
+    found = [row for row in rows if all(row.get(name) == value for name, value in keys.items())]
     assert len(found) == 1, (keys, found)
     return found[0]
 
@@ -261,10 +271,9 @@ def test_the_shown_losses_are_the_worst(report):
 
 
 def test_the_stop_token_counts_for_the_length_and_not_as_a_word(tiny_base):
-    sft = Candidate("sft", None, None)
-    comparison = Comparison(SimpleNamespace(base=tiny_base), [sft], [], [], 32, 0, {})
+    comparison = Comparison(SimpleNamespace(model=SimpleNamespace(base=tiny_base)), [], [], None, [], None, 0, {})
     ended, cut, stop = [50, 51, tiny_base.end_id], [50, 51, 52], [tiny_base.end_id]
-    found = comparison._text(Decoding("sampled", Sampling(), 3, answers={"sft": [ended, cut, stop]}), sft)
+    found = comparison._text(Decoding("sampled", Sampling(), 3, answers={"sft": [ended, cut, stop]}), "sft")
     assert (found["length"], found["ended"], found["distinct_2"]) == pytest.approx((7 / 3, 2 / 3, 2 / 3))
 
 
@@ -319,3 +328,222 @@ def test_a_judge_without_finite_scores_is_refused(runs, tiny_path, tmp_path):
     write_manifest(judge.path, role="reward", base=base)
     with pytest.raises(InstructLiteError, match="not finite"):
         evaluate([runs / "sft"], PROMPTS, judge.path, greedy=False, max_new_tokens=2)
+
+
+# --- other candidates than adapters -----------------------------------------------------------------------------------------
+
+
+SHOTS = [{"prompt": f"Say {word}.", "completion": word} for word in ("one", "two", "three", "four")]
+
+
+@pytest.fixture(scope="module")
+def wide(runs, tmp_path_factory):
+    """Everybody, in one report."""
+    return evaluate(
+        ["base", "few-shot:2", "context", runs / "sft", "best-of-4", runs / "ppo"],
+        [row | ({"context": "Oaks are trees."} if "tree" in row["prompt"] else {}) for row in PROMPTS],
+        {"judge": runs / "judge", "both": [runs / "judge", runs / "reward"]},
+        demonstrations=SHOTS, reward=runs / "reward", heldout_demonstrations=DEMONSTRATIONS,
+        output_dir=tmp_path_factory.mktemp("wide"), **FAST,
+    )  # fmt: skip
+
+
+def test_every_kind_of_candidate_has_its_row_in_the_given_order(wide):
+    found = [(entry["name"], entry["kind"], entry["n"], entry["of"]) for entry in wide.candidates]
+    assert found == [
+        ("base", "base", None, None),
+        ("few-shot:2", "few-shot", 2, None),
+        ("context", "context", None, None),
+        ("sft", "adapter", None, None),
+        ("best-of-4", "best-of-n", 4, "sft"),
+        ("ppo", "adapter", None, None),
+    ]
+    best = row(wide.candidates, name="best-of-4")
+    assert best["analytic_kl"] == pytest.approx(math.log(4) - 3 / 4) and best["adapter"] == row(wide.candidates, name="sft")["adapter"]
+    assert wide.headline == ["ppo", "sft"] and wide.reference == "sft"
+
+
+def test_few_shot_answers_what_the_base_answers_after_the_demonstrations(wide, tiny_path):
+    model, tokenizer = plain_model(tiny_path), byte_tokenizer()
+    order = random.Random(0).sample(SHOTS, len(SHOTS))[:2]
+    shown = "".join(f"<|im_start|>user\n{s['prompt']}<|im_end|>\n<|im_start|>assistant\n{s['completion']}<|im_end|>\n" for s in order)
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(f"{shown}<|im_start|>user\n{prompt['prompt']}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=0)
+        expected.append(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
+    assert texts(wide, candidate="few-shot:2", decoding="greedy") == expected
+    assert texts(wide, candidate="base", decoding="greedy") != expected
+
+
+def test_the_best_of_n_is_what_the_training_reward_model_scores_highest(wide, runs, tmp_path):
+    shutil.copytree(runs / "sft", tmp_path / "best-of-4")  # of one name and the same weights: the same answers are drawn
+    all_drawn = evaluate([tmp_path / "best-of-4"], PROMPTS, runs / "reward", samples=8, max_new_tokens=8, greedy=False)
+    best = []
+    for entry in all_drawn.answers:
+        answers = entry["answers"]
+        for part in (answers[:4], answers[4:]):
+            best.append(max(part, key=lambda answer: answer["scores"]["reward"])["text"])
+    assert texts(wide, candidate="best-of-4", decoding="sampled") == best
+    assert not texts(wide, candidate="best-of-4", decoding="greedy"), "the best of equal answers is none"
+    by_judge = [row(wide.rewards, candidate=name, judge="judge", decoding="sampled")["mean_reward"] for name in ("sft", "best-of-4")]
+    assert by_judge[0] != by_judge[1]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        (["sft", "best-of-4"], "the best by which reward model"),
+        (["base", "few-shot:4"], "few-shot:4: give demonstrations="),
+        (["best-of-4"], "an adapter is not among the candidates that it can draw from: none"),
+        (["sft", "best-of-2:ppo"], "ppo is not among the candidates that it can draw from: sft"),
+        (["few-shot:0"], "is written few-shot:4"),
+    ],
+)
+def test_a_candidate_that_lacks_what_it_needs_says_so(runs, candidates, message):
+    named = [str(runs / name) if name in ("sft", "ppo") else name for name in candidates]
+    with pytest.raises(InstructLiteError, match=message):
+        evaluate(named, PROMPTS, runs / "judge")
+
+
+# --- kept -------------------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As kill -9: nothing may be caught and tidied up."""
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Counts what is drawn, scored and run for log-probabilities; `killed_after` batches of answers everything stops."""
+    counts = Counter()
+
+    def counting(name, function):
+        def call(model, first, *rest, **options):
+            rows = first if name == "generate" else rest[0]
+            counts[name] += len(rows)
+            if name == "generate" and counts["killed_after"]:
+                keep, left = options["keep"], iter(range(counts["killed_after"] - 1, -1, -1))
+
+                def keep_some(numbers, answers):
+                    keep(numbers, answers)
+                    if next(left) == 0:
+                        raise Killed
+
+                options["keep"] = keep_some
+            return function(model, first, *rest, **options)
+
+        return call
+
+    for name in ("generate", "score", "log_probs"):
+        monkeypatch.setattr(kept, name, counting(name, getattr(kept, name)))
+    return counts
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_as_the_uninterrupted_one(report, runs, computed, tmp_path):
+    run = {"candidates": ["base", runs / "sft", runs / "ppo"], "data": PROMPTS, "judge": {"judge": runs / "judge", "own": runs / "reward"}}
+    run |= {"heldout_demonstrations": DEMONSTRATIONS, "output_dir": tmp_path, **FAST}
+    whole = evaluate(**run | {"output_dir": tmp_path / "whole", "batch_size": 4})
+    drawn = computed["generate"]
+    for batches in (1, 3):
+        computed["killed_after"] = batches
+        with pytest.raises(Killed):
+            evaluate(**run, batch_size=4)
+    computed.clear()
+    again = evaluate(**run, batch_size=4)
+    assert computed["generate"] == drawn - 16, "four batches of four were kept"
+    assert {**again.to_dict(), "seconds": None} == {**whole.to_dict(), "seconds": None}
+    assert again.answers == whole.answers
+    computed.clear()
+    evaluate(**run, batch_size=4)
+    assert not computed, "all of it is kept"
+
+
+def test_one_more_candidate_or_judge_costs_only_itself(report, runs, computed, tmp_path):
+    first = evaluate(["base", runs / "sft"], PROMPTS, runs / "judge", output_dir=tmp_path, **FAST)
+    computed.clear()
+    second = evaluate(["base", runs / "sft", runs / "ppo"], PROMPTS, runs / "judge", output_dir=tmp_path, **FAST)
+    assert computed["generate"] == 3 * len(PROMPTS), "two sampled answers and a greedy one"
+    for name in ("base", "sft"):
+        assert texts(second, candidate=name) == texts(first, candidate=name)
+    assert texts(second) == texts(report), "whatever was there before"
+    computed.clear()
+    third = evaluate(["base", runs / "sft", runs / "ppo"], PROMPTS, [runs / "judge", runs / "reward"], output_dir=tmp_path, **FAST)
+    assert not computed["generate"] and computed["score"]
+    assert texts(third) == texts(second)
+
+
+def test_another_seed_adapter_or_length_is_drawn_anew(runs, computed, tmp_path):
+    run = {"data": PROMPTS, "judge": runs / "judge", "output_dir": tmp_path / "report", "greedy": False}
+    shutil.copytree(runs / "sft", tmp_path / "mine")
+    evaluate([tmp_path / "mine"], **run, max_new_tokens=4)
+    shutil.rmtree(tmp_path / "mine")
+    shutil.copytree(runs / "ppo", tmp_path / "mine")
+    for options in (
+        {"max_new_tokens": 4},
+        {"max_new_tokens": 4, "seed": 1},
+        {"max_new_tokens": 5},
+        {"max_new_tokens": 4, "temperature": 0.5},
+    ):
+        computed.clear()
+        evaluate([tmp_path / "mine"], **run, **options)
+        assert computed["generate"] == 2 * len(PROMPTS)
+
+
+def test_a_merged_model_answers_as_its_adapter_and_is_judged_beside_it(runs, tiny_path, tmp_path):
+    plain_model(tiny_path, runs / "ppo").merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = load_base(tiny_path, chat_template="chatml").tokenizer.chat_template
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path / "merged")
+    found = evaluate(
+        [runs / "sft", runs / "ppo", tmp_path / "merged"], PROMPTS, runs / "judge", heldout_demonstrations=DEMONSTRATIONS, **FAST
+    )
+    assert row(found.candidates, name="merged")["kind"] == "merged"
+    assert texts(found, candidate="merged", decoding="greedy") == texts(found, candidate="ppo", decoding="greedy")
+    ppo, merged = (row(found.candidates, name=name) for name in ("ppo", "merged"))
+    assert merged["perplexity"] == pytest.approx(ppo["perplexity"], rel=1e-3) and merged["kl"] > 0
+    (tmp_path / "merged" / "chat_template.jinja").write_text(tokenizer.chat_template + " ")
+    with pytest.raises(InstructLiteError, match="merged: its template is not that of"):
+        evaluate([runs / "sft", tmp_path / "merged"], PROMPTS, runs / "judge", **FAST)
+
+
+# --- judges that are asked --------------------------------------------------------------------------------------------------
+
+
+COMPARISONS = [{"prompt": f"Ask {i}", "chosen": "good" if i % 4 else "bad", "rejected": "bad" if i % 4 else "good"} for i in range(12)]
+
+
+def test_a_language_model_at_an_endpoint_judges_and_is_judged_and_is_asked_once(runs, computed, tmp_path):
+    def prefers_good(prompt, before):
+        if "User: Sing!" in prompt:
+            return Reply(b"", status=500)  # never any better
+        if before == 0 and "User: Hi" in prompt:
+            return Reply(b"{")  # better the second time
+        a, b = (re.search(rf"\[Answer {place}\]\n(.*?)\n?\[End of", prompt, re.DOTALL)[1] for place in "AB")
+        return f"[[{'A' if a > b else 'B'}]]"  # 'good' > 'bad'
+
+    run = {"candidates": ["base", runs / "sft"], "data": PROMPTS, "comparisons": COMPARISONS, "output_dir": tmp_path, **FAST}
+    with stand_in(prefers_good) as server:
+        ask = lambda: language_model(f"llm:m@{server.url}", tmp_path / "verdicts.sqlite", retries=1)  # noqa: E731
+        found = evaluate(**run, judge=[runs / "reward", ask()])
+        asked = len(server.asked)
+        again = evaluate(**run, judge=[runs / "reward", ask()])
+        assert all("Sing!" in prompt for prompt in server.prompts[asked:]), "what came is kept, what did not come is asked again"
+    named = row(found.judges, name="m")
+    assert (named["kind"], named["adapter"], named["accuracy"], named["pairs"]) == ("language model", None, 0.75, 12)
+    assert named["accuracy_low"] < 0.75 < named["accuracy_high"] and named["missing"] == 3
+    win = row(found.win_rates, judge="m", decoding="sampled")
+    assert (win["prompts"], win["missing"], win["gain"]) == (4, 2, None)
+    assert again.win_rates == found.win_rates
+    measured = row(found.judges, name="reward")["accuracy"]
+    assert 0 <= measured <= 1, "a reward model without an accuracy of its own is judged on the same comparisons"
+    assert Report.load(tmp_path).judges == found.judges
+
+
+def test_an_ensemble_judges_by_the_mean_of_its_members(wide):
+    for entry in wide.answers:
+        scores = [answer["scores"] for answer in entry["answers"]]
+        assert len({found["both"] for found in scores}) > 1
+    assert row(wide.judges, name="both")["kind"] == "ensemble" and row(wide.judges, name="judge")["kind"] == "reward"
+    assert row(wide.judges, name="both")["trained"] == ["ppo"], "one of its members did"

@@ -50,6 +50,31 @@ def test_judge_holds_what_differs_from_reward(recipe):
     assert loop.options("reward")["training"]["max_steps"] == 3
 
 
+def test_what_stands_under_also_is_laid_over_the_section_of_its_kind(recipe):
+    path = recipe(
+        "model: m\nppo: {kl_coef: 0.2, training: {max_steps: 4}}\ndpo: {training: {beta: 0.3}}\nalso: {ppo-hot: {kl_coef: 0.0}}\n"
+    )
+    loop = load_loop(path, ["also.dpo=", "also.ppo-hot.training.max_steps=9"])
+    assert loop.trained == ["sft", "reward", "judge", "ppo", "ppo-hot", "dpo"]
+    assert loop.options("dpo")["training"] == {"beta": 0.3}
+    hot = loop.options("ppo-hot")
+    assert (hot["kl_coef"], hot["training"]["max_steps"]) == (0.0, 9)
+    assert loop.options("ppo")["kl_coef"] == 0.2
+    assert load_loop(recipe("model: m\ndpo: {training: {beta: 0.3}}\n")).trained == ["sft", "reward", "judge", "ppo"], (
+        "only where asked for"
+    )
+
+
+def test_what_cannot_stand_under_also_is_refused(recipe):
+    path = recipe("model: m\n")
+    for name in ("ppo", "sft", "reward-2", "ppo-", "dpo-a/b", "dpoo"):
+        assert f"also.{name} is no stage to add: there are dpo, and variants" in refused(path, [f"also.{name}="])
+    assert "also must be a mapping of stages, such as 'dpo:'" in refused(path, ["also=dpo"])
+    assert "also.dpo.betta is not an option" in refused(path, ["also.dpo.betta=1"])
+    assert "also.ppo-b.kl_coef must be a number, not 'x'" in refused(path, ["also.ppo-b.kl_coef=x"])
+    assert "also.ppo-b.reward is set by the loop itself" in refused(path, ["also.ppo-b.reward=r"])
+
+
 def test_numbers_in_scientific_notation_are_numbers(recipe):
     loop = load_loop(recipe("model: m\nsft: {training: {learning_rate: 1e-3, weight_decay: 1E+2}}\n"), ["ppo.kl_coef=5e-2"])
     assert loop.sft["training"] == {"learning_rate": 0.001, "weight_decay": 100.0}

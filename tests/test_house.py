@@ -177,7 +177,7 @@ def test_the_command_line_answers_at_once_and_loads_no_torch(arguments):
 
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_loads_and_its_training_blocks_fit_the_real_config_classes(name, tmp_path):
-    from trl import RewardConfig, SFTConfig
+    from trl import DPOConfig, RewardConfig, SFTConfig
 
     from instructlite import PPOConfig
 
@@ -186,10 +186,10 @@ def test_every_recipe_loads_and_its_training_blocks_fit_the_real_config_classes(
     assert "easured" in header, "the header says what was measured and what was not"
     required = [key for key in ("demonstrations", "comparisons") if f"{key}: ???" in text]
     loop = load_loop(name, [f"data.{key}={key}.jsonl" for key in required])
-    configs = {"sft": SFTConfig, "reward": RewardConfig, "judge": RewardConfig, "ppo": PPOConfig}
+    configs = {"sft": SFTConfig, "reward": RewardConfig, "judge": RewardConfig, "ppo": PPOConfig, "dpo": DPOConfig}
     for stage in SECTIONS:
         options = loop.options(stage)
         SECTIONS[stage](**options, **{"model": "m", "data": "d", **({"reward": "r"} if stage == "ppo" else {})})
-        given = options["training"]
+        given = options.get("training", {})
         config = configs[stage](output_dir=str(tmp_path), use_cpu=True, **given)
         assert {key: getattr(config, key) for key in given} == given

@@ -119,7 +119,7 @@ def test_a_judge_is_judged_by_peoples_comparisons():
         for i in range(40)
     ]
     found = judge(better).accuracy(comparisons)
-    assert (found["accuracy"], found["longer_wins"], found["missing"]) == (0.75, 1.0, 0)
+    assert (found["accuracy"], found["longer_wins"], found["pairs"], found["missing"]) == (0.75, 1.0, 40, 0)
     assert 0.55 < found["accuracy_low"] < 0.65
     assert 0.85 < found["accuracy_high"] < 0.9
 

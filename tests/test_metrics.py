@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from instructlite.evaluation import metrics
 from instructlite.evaluation.metrics import distinct, kl_per_answer, perplexity, repeated
 
 
@@ -49,3 +50,27 @@ def test_repeated_counts_within_an_answer_only():
     assert repeated([[1, 2, 3], [1, 2, 3]], 3) == 0
     assert repeated([[7] * 8, [1, 2, 3, 4]], 3) == pytest.approx(5 / 8)  # 6 triples of which 1 is new; 2 new ones
     assert repeated([[1, 2]], 3) is None
+
+
+def test_the_interval_of_the_perplexity_holds_it_and_equal_answers_leave_no_doubt():
+    answers = [torch.full((n,), -surprise) for n, surprise in ((3, 1.0), (5, 2.0), (2, 0.5), (9, 1.5))]
+    found = metrics.perplexity_interval(answers)
+    assert found.value == pytest.approx(perplexity(answers)) and found.low < found.value < found.high
+    same = metrics.perplexity_interval([torch.full((n,), -1.0) for n in (3, 5, 2)])
+    assert (same.low, same.value, same.high) == pytest.approx((math.e,) * 3)
+
+
+def test_the_interval_of_distinct_is_the_jackknifes_over_prompts():
+    prompts = [[[1, 2, 3]], [[1, 2, 4]], [[7, 8, 9], [7, 8]]]  # pairs: 12 23 | 12 24 | 78 89 78
+    without = [distinct([answer for other in prompts if other is not own for answer in other], 2) for own in prompts]
+    assert without == [4 / 5, 4 / 5, 3 / 4]
+    found = metrics.distinct_interval(prompts, 2)
+    assert found == metrics.statistics.jackknife(5 / 7, np.array(without)) and found.low < found.value < found.high
+    assert metrics.distinct_interval([[[1]], [[]]], 2) is None
+
+
+def test_repeated_is_resampled_by_prompt():
+    prompts = [[[7] * 8], [[1, 2, 3, 4]]]
+    found = metrics.repeated_interval(prompts, 3)
+    assert found.value == pytest.approx(repeated([[7] * 8, [1, 2, 3, 4]], 3)) and (found.low, found.high) == pytest.approx((0, 5 / 6))
+    assert metrics.repeated_interval([[[1, 2]]], 3) is None

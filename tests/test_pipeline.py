@@ -185,6 +185,12 @@ def stood_in(files, tmp_path, monkeypatch):
 ALL = ["sft", "reward", "judge", "ppo", "report"]
 
 
+def test_another_tracker_is_no_reason_to_train_again(stood_in):
+    stood_in.go()
+    assert stood_in.go("report_to=tensorboard")[1] == []
+    assert stood_in.go("report_to=tensorboard", "sft.training.learning_rate=1")[1][0] == "sft"
+
+
 def test_stages_run_in_order_each_on_what_came_before(stood_in):
     result, ran = stood_in.go()
     run, given = stood_in.run, dict(stood_in.calls)
@@ -197,8 +203,8 @@ def test_stages_run_in_order_each_on_what_came_before(stood_in):
     assert given["judge"]["data"] == run / "data" / "judge.jsonl"
     assert given["reward"]["eval_data"] == given["judge"]["eval_data"] == run / "data" / "heldout.jsonl"
     assert given["ppo"]["reward"] == run / "reward"
-    assert given["report"]["candidates"] == ["base", run / "sft", run / "ppo"]
-    assert given["report"]["judge"][0] == run / "judge", "the judge that PPO did not see comes first"
+    assert given["report"]["candidates"] == ["base", str(run / "sft"), str(run / "ppo")]
+    assert given["report"]["judge"][0] == str(run / "judge"), "the judge that PPO did not see comes first"
     assert given["report"]["samples"] == 2
     assert given["ppo"]["training"]["max_steps"] == 96
     assert given["ppo"]["lora"].top_layers == 3
@@ -323,6 +329,41 @@ def test_the_texts_of_ptx_are_data_of_the_run(stood_in, tmp_path):
     assert "ptx_data" not in dict(stood_in.go()[0] and stood_in.calls)["ppo"]
 
 
+def test_more_policies_are_trained_beside_ppo_and_compared_before_it(stood_in):
+    stood_in.go()
+    over = ("also.dpo=", "also.ppo-ptx.ptx_data=starter", "also.ppo-ptx.training.max_steps=3", "ppo.watch_reward=judge")
+    _, ran = stood_in.go(*over)
+    assert ran == ["ppo", "dpo", "ppo-ptx", "report"], "ppo because of its watch; what was there before it is kept"
+    run, given = stood_in.run, dict(stood_in.calls)
+    assert (given["dpo"]["model"], given["dpo"]["data"]) == (run / "sft", run / "data" / "reward.jsonl")
+    assert given["dpo"]["eval_data"] == run / "data" / "heldout.jsonl"
+    variant = given["ppo-ptx"]
+    assert (variant["model"], variant["reward"], variant["watch_reward"]) == (run / "sft", run / "reward", run / "judge")
+    assert (variant["training"], given["ppo"]["training"]) == ({"max_steps": 3}, {"max_steps": 96})
+    assert variant["ptx_data"] == run / "data" / "ppo-ptx-texts.jsonl" and "ptx_data" not in given["ppo"]
+    assert len(read_records(variant["ptx_data"], "texts")) > 100
+    assert given["report"]["candidates"] == ["base", *(str(run / name) for name in ("sft", "dpo", "ppo-ptx", "ppo"))]
+    assert stood_in.go(*over)[1] == []
+    assert stood_in.go(*over, "dpo.training.beta=0.2")[1] == ["dpo", "report"]
+    assert stood_in.go("ppo.watch_reward=judge")[1] == ["report"], "without them again"
+
+
+def test_dpo_may_be_run_alone_and_stays_in_the_recipe(stood_in):
+    stood_in.go()
+    assert stood_in.go(only="dpo")[1] == ["dpo"]
+    loop = load_loop(stood_in.run / "recipe.yaml")
+    assert loop.also == {"dpo": None}
+    run_loop(loop, stood_in.run)
+    assert str(stood_in.run / "dpo") in dict(stood_in.calls)["report"]["candidates"]
+
+
+def test_the_report_compares_whom_the_recipe_names(stood_in):
+    stood_in.go("evaluation.candidates=[base, 'few-shot:3', sft, best-of-4]")
+    given, run = dict(stood_in.calls)["report"], stood_in.run
+    assert given["candidates"] == ["base", "few-shot:3", str(run / "sft"), "best-of-4"]
+    assert (given["reward"], given["demonstrations"]) == (run / "reward", run / "data" / "demonstrations.jsonl")
+
+
 def test_what_is_no_text_for_ptx_stops_before_the_first_stage(stood_in, files):
     with pytest.raises(InstructLiteError, match="ptx_data: texts or demonstrations are wanted, and one row has the keys prompt, chosen"):
         stood_in.go(f"ppo.ptx_data={files.comparisons}")
@@ -366,18 +407,21 @@ evaluation: {{prompts: 3, samples: 1, max_new_tokens: 4, greedy: false}}
 
 
 def test_the_whole_loop_on_the_tiny_model(files, tmp_path, tiny_path):
+    also = ["also.dpo.training={max_steps: 1, gradient_checkpointing: false}", "also.ppo-ptx.ptx_data=demonstrations"]
     recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
     recipe.write_text(TINY.format(model=tiny_path, demonstrations=files.demonstrations, comparisons=files.comparisons))
-    result = run_loop(load_loop(recipe), run)
-    sft, reward, judge, ppo = (Adapter.load(run / stage) for stage in ("sft", "reward", "judge", "ppo"))
-    assert [adapter.role for adapter in (sft, reward, judge, ppo)] == ["policy", "reward", "reward", "policy"]
+    result = run_loop(load_loop(recipe, also), run)
+    sft, reward, judge, ppo, dpo, ptx = (Adapter.load(run / stage) for stage in ("sft", "reward", "judge", "ppo", "dpo", "ppo-ptx"))
+    assert [adapter.role for adapter in (sft, reward, judge, ppo, dpo, ptx)] == ["policy", "reward", "reward", *["policy"] * 3]
     assert reward.manifest.parents == judge.manifest.parents == {"sft": sft.sha256}
-    assert ppo.manifest.parents == {"sft": sft.sha256, "reward": reward.sha256}
+    assert ppo.manifest.parents == ptx.manifest.parents == {"sft": sft.sha256, "reward": reward.sha256}
+    assert dpo.manifest.parents == {"sft": sft.sha256}
+    assert len({ppo.sha256, ptx.sha256, dpo.sha256, sft.sha256}) == 4
     report = json.loads((run / "report" / "report.json").read_text())
-    assert [candidate["name"] for candidate in report["candidates"]] == ["base", "sft", "ppo"]
+    assert [candidate["name"] for candidate in report["candidates"]] == ["base", "sft", "dpo", "ppo-ptx", "ppo"]
     assert {rate["judge"] for rate in report["win_rates"]} == {"judge", "reward"}
     assert str(result.report)
-    assert [stage.skipped for stage in run_loop(load_loop(recipe), run).stages] == [False, *[True] * 5]
+    assert [stage.skipped for stage in run_loop(load_loop(recipe, also), run).stages] == [False, *[True] * 7]
 
 
 def fail_as_users_do(path):

@@ -1,6 +1,7 @@
 """The plan's arithmetic against real modules, autograd and recorded peaks; what it advises makes things fit; it loads no torch."""
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -173,6 +174,23 @@ def test_quantized_weights_and_checkpointing_and_shorter_rows_take_less():
     assert stage("reward", plan(loop(), gpu, lengths=short)).peak < stage("reward", nf4).peak
 
 
+def test_policies_beside_ppo_are_planned_with_their_own_options():
+    planned = plan(loop(also={"dpo": None, "ppo-long": {"training": {"response_length": 2048}}}), card("24GB"), lengths=LONG)
+    assert [stage.stage for stage in planned.stages] == ["sft", "reward", "judge", "ppo", "dpo", "ppo-long", "report"]
+    adapter = 4 * memory.adapter_parameters(shapes_of(loop().model), 16)
+    plain = plan(loop(), card("24GB"), lengths=LONG)
+    assert stage("dpo", planned).parts["adapters"] - stage("reward", planned).parts["adapters"] == adapter, "the reference"
+    assert stage("ppo-long", planned).peak > stage("ppo", planned).peak == stage("ppo", plain).peak
+    assert stage("report", planned).parts["adapters"] - stage("report", plain).parts["adapters"] == 2 * adapter
+
+
+def test_what_makes_a_policy_beside_ppo_fit_is_written_where_it_stands():
+    also = {"dpo": {"training": {"per_device_train_batch_size": 32}}, "ppo-big": {"training": {"per_device_train_batch_size": 32}}}
+    changes = plan(loop(also=also), card("14GB"), lengths=LONG).changes
+    for name in also:
+        assert changes[name] and all(change.startswith(f"also.{name}.training.") for change in changes[name])
+
+
 def test_more_roles_take_their_adapters():
     adapter = 4 * memory.adapter_parameters(shapes_of(loop().model), 16)
     plain = stage("ppo", plan(loop(), card("24GB"), lengths=LONG))
@@ -264,6 +282,21 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_utime < 2
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "fits" in done.stdout and "meta-llama/Llama-3.1-70B-Instruct" in done.stdout
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_headers_and_table_of_the_recipes_say_what_is_planned(name):
+    """Where the tokenizer is here, rows are counted by it and not by their characters: hence the tolerance."""
+    planned = plan(load_loop(name, complete=False), card("80GB"))
+    header = re.search(r"^# Planned peaks on a GPU.* --gpu (\d+)GB\): (.*)\.$", recipes()[name].read_text(encoding="utf-8"), re.MULTILINE)
+    said = {stage: float(peak) for stage, peak in (part.split() for part in header[2].split(", "))}
+    assert said == pytest.approx({stage.stage: stage.peak / 1e9 for stage in planned.stages}, rel=0.1)
+    assert int(header[1]) in planning.CARDS
+    assert planned.peak <= int(header[1]) * 1e9
+    table = (recipes()[name].parent / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |")).split(" | ")
+    assert float(row[2].removesuffix(" B")) == pytest.approx(shapes_of(planned.loop.model).parameters / 1e9, rel=0.05)
+    assert [float(row[5]), float(row[6]), row[7]] == [max(said["sft"], said["reward"], said["judge"]), said["ppo"], f"{header[1]} GB"]
 
 
 def test_the_command_says_what_to_change_and_fails_where_it_does_not_fit():

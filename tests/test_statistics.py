@@ -233,3 +233,30 @@ def test_as_many_prompts_as_it_says_reach_the_margin():
     found = mean(draw.normal(size=(needed, 1)))
     assert (found.high - found.low) / 2 == pytest.approx(0.1, rel=0.15)
     assert prompts_needed(np.array([[1.0]]), 0.05) == 385  # nothing known: a coin's
+
+
+def test_a_ratio_is_sum_over_sum_and_equal_shares_leave_no_doubt():
+    found = statistics.ratio(np.array([1.0, 4.0]), np.array([2.0, 2.0]))
+    assert found.value == 5 / 4 and (found.low, found.high) == (0.5, 2.0)  # of two prompts, either twice
+    same = statistics.ratio(np.array([1.0, 3.0, 0.0]), np.array([2.0, 6.0, 0.0]))
+    assert (same.low, same.value, same.high) == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="all 0"):
+        statistics.ratio(np.zeros(2), np.zeros(2))
+
+
+def test_ratio_intervals_contain_the_truth_19_times_in_20():
+    draw, truth, held = np.random.default_rng(0), 0.3, 0
+    for number in range(200):
+        tokens = draw.integers(5, 60, size=40)
+        share = draw.beta(3, 7, size=40)  # prompts differ: mean 0.3
+        found = statistics.ratio(draw.binomial(tokens, share), tokens, seed=number)
+        held += found.low <= truth <= found.high
+    assert 182 <= held <= 197
+
+
+def test_the_jackknife_of_a_mean_is_students_interval():
+    values = np.array([1.0, 2.0, 4.0, 9.0])
+    found = statistics.jackknife(values.mean(), (values.sum() - values) / 3)
+    half = statistics.stats.t.ppf(0.975, 3) * values.std(ddof=1) / 2
+    assert (found.value, found.low, found.high) == pytest.approx((4, 4 - half, 4 + half))
+    assert statistics.jackknife(1.0, np.array([1.0])).low is None

@@ -1,11 +1,16 @@
 """`instructlite evaluate`."""
 
+from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import InstructLiteError
+
+if TYPE_CHECKING:
+    from ..evaluation.judges import LanguageModelJudge
 
 
 def evaluate(
@@ -13,31 +18,94 @@ def evaluate(
         list[str],
         typer.Argument(metavar="RUN|ADAPTER", help="A run, or adapters and Hub repositories to compare; 'base' is the base."),
     ],
+    named: Annotated[
+        str | None,
+        typer.Option(
+            "--candidates",
+            metavar="NAME,…",
+            help="Of a run: its stages, base, few-shot:4, context, best-of-4 (of SFT), best-of-4:NAME, or paths; the last one leads.",
+            show_default="base and all policies",
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Of a run: every candidate, few-shot:4 and best-of-4 among them.")] = False,
     prompts: Annotated[Path | None, typer.Option(help="Held-out prompts (JSONL).", show_default="the run's")] = None,
-    judge: Annotated[str | None, typer.Option(help="A reward adapter that PPO did not see.", show_default="the run's")] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|PATH|llm:MODEL@URL",
+            help="A reward adapter that PPO did not see, or a language model at an endpoint (llm:MODEL: in memory). May be repeated.",
+            show_default="the run's judge and reward",
+        ),
+    ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SCALE", help="Language models rate each answer, too: pointwise (1-10) or likert (1-7)."),
+    ] = None,
+    votes: Annotated[bool, typer.Option("--votes", help="Of a run: count people's blind votes (votes.sqlite) as a judge.")] = False,
+    side_effects: Annotated[bool, typer.Option("--side-effects", help="Measure toxicity, truth, repetition … (--full does).")] = False,
+    key_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Where an endpoint's key is.")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
 ) -> None:
-    """Write the report of a run anew, or compare adapters of one base."""
+    """Write the report of a run anew, or compare adapters of one base. What was answered and judged before is kept."""
     from ..commands.running import run_stages
     from ..config import load_loop
 
-    run_directory = Path(candidates[0])
-    is_run = len(candidates) == 1 and (run_directory / "recipe.yaml").is_file()
-    if is_run and prompts is judge is output is None:
-        given = [] if samples is None else [f"evaluation.samples={samples}"]
-        run_stages(load_loop(run_directory / "recipe.yaml", given), run_directory, "report")
+    run = Path(candidates[0])
+    is_run = len(candidates) == 1 and (run / "recipe.yaml").is_file()
+    given = [] if samples is None else [f"evaluation.samples={samples}"]
+    if is_run and not (named or full or prompts or judge or rate or votes or side_effects or output):
+        run_stages(load_loop(run / "recipe.yaml", given), run, "report")
         return
-    if is_run:
-        candidates = ["base", str(run_directory / "sft"), str(run_directory / "ppo")]
-        prompts, judge = prompts or run_directory / "data" / "heldout_prompts.jsonl", judge or str(run_directory / "judge")
-    if prompts is None or judge is None or output is None:
+    if not is_run and (named or full or votes):
+        raise InstructLiteError(f"--candidates, --full and --votes are about a run, and {run} is none (it has no recipe.yaml)")
+    if not is_run and (prompts is None or not judge or output is None):
         raise InstructLiteError("to compare adapters, give --prompts FILE, --judge ADAPTER and --output DIRECTORY for the report")
     from ..training.recipe import quiet_libraries
 
     quiet_libraries()
-    from ..evaluation.compare import evaluate as compare
+    options: dict[str, Any] = {
+        "ratings": rate or [],
+        "side_effects": side_effects or full,
+        **({} if prompts is None else {"data": prompts}),
+    }
+    output = output or run / "report"
+    judges = judge and [_judge(one, output, key_env) for one in judge]
+    if is_run:
+        from ..evaluation.runs import all_candidates, evaluate_run
 
-    options = {} if samples is None else {"samples": samples}
-    print(compare(candidates, data=prompts, judge=judge, output_dir=output, **options))
+        options |= asdict(load_loop(run / "recipe.yaml", given).evaluation) | {"votes": _votes(run) if votes else []}
+        if full or named:
+            options["candidates"] = all_candidates(run) if full else [name.strip() for name in named.split(",")]
+        report = evaluate_run(run, judges=judges, output_dir=output, **options)
+    else:
+        from ..evaluation.compare import evaluate as compare
+
+        report = compare(candidates, judge=judges, output_dir=output, **options, **({} if samples is None else {"samples": samples}))
+    print(report)
     print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
+
+
+def _judge(name: str, output: Path, key_env: str | None) -> "str | LanguageModelJudge":
+    from ..evaluation.judges import LANGUAGE_MODEL, language_model
+
+    return language_model(name, output / "verdicts.sqlite", key_env=key_env) if name.startswith(LANGUAGE_MODEL) else name
+
+
+def _votes(run: Path) -> list[dict[str, Any]]:
+    """Blind votes on two answers of the run, as `evaluate` takes them."""
+    from ..feedback.ballots import outcome
+    from ..feedback.exchange import screen
+    from ..feedback.store import Store
+
+    kept, _ = screen(Store(run, create=False).votes())
+    rows = []
+    for vote in kept:
+        for a, b in combinations(vote.answers, 2):
+            if (won := outcome(a, b)) is not None:
+                greedy = a.decoding.get("temperature") == b.decoding.get("temperature") == 0
+                rows.append({
+                    "prompt": vote.prompt, "a": a.candidate.adapter, "b": b.candidate.adapter, "a_text": a.text, "b_text": b.text,
+                    "outcome": won, "decoding": "greedy" if greedy else "sampled",
+                })  # fmt: skip
+    return rows

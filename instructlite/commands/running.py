@@ -33,10 +33,10 @@ def run(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options over the recipe, such as ppo.kl_coef=0.1.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run directory.", show_default="runs/RECIPE")] = None,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="One stage alone: data, sft, reward, judge, ppo or report.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="One stage alone: data, sft, reward, judge, ppo, report, dpo.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
 ) -> None:
-    """Run a recipe: data, SFT, reward model, judge, PPO, report. What is done already is kept."""
+    """Run a recipe: data, SFT, reward model, judge, PPO, report; with also.dpo= DPO, too. What is done already is kept."""
     from ..config import load_loop
 
     run_stages(load_loop(recipe, overrides or []), output or Path("runs") / Path(recipe).stem, only, resume)

@@ -1,6 +1,7 @@
-"""evaluate(): candidates answer the same held-out prompts, judges score the answers, a report says with intervals what came of it.
+"""evaluate(): candidates answer the same held-out prompts, judges say whose are better, a report says with intervals what came of it.
 
-Candidates and judges are adapters of ONE base in memory, and one batch holds the rows of all candidates.
+Candidates and reward judges are adapters of ONE base in memory, and one batch holds the rows of all candidates. What is drawn,
+scored or said is kept beside the report (kept.py), so that an evaluation goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -10,56 +11,41 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import BaseOptions
-from ..data.records import Source, data_hash, read_records
+from ..config import BaseOptions, Lora
+from ..data.records import Source, as_groups, data_hash, read_records
 from ..errors import InstructLiteError
-from ..models.base import base_of
-from ..models.manifest import Adapter
+from ..models.base import base_of, lora_config
 from ..models.roles import RoleModel
-from ..models.sampling import Progress, Sampling, generate, log_probs
-from ..progress import progress
+from ..models.sampling import Sampling
+from ..progress import Advance, progress
 from . import statistics
+from .candidates import Candidate, Model, Prompting, candidates_of
 from .curves import training_of
-from .judges import RewardJudge, reward_scores
+from .judges import ACCURACY, SCALES, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
+from .judging import Decoding, Judging, Match, flat
+from .kept import FILE, Asked, Kept, KeptModel
 from .metrics import distinct, kl_per_answer, perplexity, repeated
+from .prompt_sets import PromptSet, category_in
 from .report import Report
+from .side_effects import Answered, SideEffects
+from .side_effects import side_effects as measure_side_effects
 
-Model = str | Path | Adapter
 SHOWN_LOSSES, SHOWN_OTHERS = 4, 4
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Who answers: an adapter, loaded as `role`, or the base alone (both None)."""
-
-    name: str
-    adapter: Adapter | None
-    role: str | None
-
-
-@dataclass
-class Decoding:
-    """Everybody's answers to all prompts, drawn one way: prompt by prompt, `samples` of each."""
-
-    name: str
-    sampling: Sampling
-    samples: int
-    answers: dict[str, list[list[int]]] = field(default_factory=dict)
-    """Candidate -> token ids, with the stop token where one came."""
-    scores: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
-    """(judge, candidate) -> (prompts, samples)."""
+MOST_COMPARISONS = 200  # of people, that a language model is asked about in both orders
+VERDICTS = "verdicts.sqlite"  # what language models said
 
 
 def evaluate(
     candidates: Model | Sequence[Model] | Mapping[str, Model],
     data: Source,
-    judge: Model | Sequence[Model] | Mapping[str, Model],
+    judge: Model | Judge | Sequence[Model | Judge] | Mapping[str, Model | Judge],
     *,
     samples: int = 2,
     max_new_tokens: int = 48,
@@ -70,56 +56,64 @@ def evaluate(
     prompts: int | None = None,
     max_prompt_length: int | None = None,
     heldout_demonstrations: Source | None = None,
+    demonstrations: Source | None = None,
+    reward: Model | None = None,
+    comparisons: Source | None = None,
+    votes: Sequence[Mapping[str, Any]] = (),
+    ratings: Sequence[Scale] = (),
+    side_effects: bool | SideEffects = False,
     output_dir: str | Path | None = None,
 ) -> Report:
     """Compare candidates on held-out prompts.
 
-    candidates: adapters, their directories or Hub repositories (user/repo, user/repo/sft), and "base". Their order counts: the
-    first adapter is the KL's reference (SFT, usually), the last candidate is the one that the report's first words are about. The
-    last part of each gives the name, unless they are given as {name: adapter}.
+    candidates: see candidates.py: "base", adapters, their directories or Hub repositories (user/repo, user/repo/sft), "few-shot:4",
+    "context", "best-of-4". Their order counts: the first adapter is the KL's reference (SFT, usually), the last candidate is the
+    one that the report's first words are about. The last part of each gives the name, unless they are given as {name: candidate}.
     data: the prompts; other records that have a prompt serve too. `prompts`: the first so many different ones (None: all).
-    judge: a reward adapter, best one that PPO was not trained on. Of several, or of {name: adapter}, the first leads.
+    judge: see judges.py; a reward adapter, best one that PPO was not trained on. Of several, or of {name: judge}, the first leads.
     samples: answers to each prompt at `temperature`; `greedy` adds one without chance. max_prompt_length: in tokens; longer
     prompts are left out (None: only those that the model's context cannot hold).
-    heldout_demonstrations: people's answers, for the perplexity. output_dir: see `Report.save`.
+    heldout_demonstrations: people's answers, for the perplexity. demonstrations: what few-shot shows. reward: the reward adapter
+    that best-of-n chooses by. comparisons: people's, on which judges are judged that have no accuracy from their own training.
+    votes: people's on the candidates' answers, rows as People.of takes them. ratings: scales on which language models rate each
+    answer. side_effects: toxicity, made-up answers, what was forgotten … on prompts of their own, see side_effects.py (True: all that
+    needs no more). Rows of `data` may carry a `context`, and a `reference` to judge by. output_dir: see `Report.save`; what was drawn,
+    scored and said is kept there, too.
 
     Raises InstructLiteError for adapters that are damaged or of different bases, and where no prompt is left.
     """
-    for name, number in (("samples", samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("prompts", prompts)):
-        if number is not None and number < 1:
-            raise InstructLiteError(f"{name}={number}: must be at least 1")
-    if temperature <= 0:
-        raise InstructLiteError(f"temperature={temperature}: must be above 0; greedy=True adds greedy answers")
-    entrants, judges = _candidates(candidates), _judges(judge)
+    _check(temperature, ratings, samples=samples, max_new_tokens=max_new_tokens, batch_size=batch_size, prompts=prompts)
+    directory = None if output_dir is None else Path(output_dir)
+    entrants, judges = candidates_of(candidates), judges_of(judge, None if directory is None else directory / VERDICTS)
+    chooser, effects = _chooser(entrants, reward), _effects(side_effects, judges)
     rows = read_records(data, "prompts")
-    demonstrations = None if heldout_demonstrations is None else read_records(heldout_demonstrations, "demonstrations")
+    shots = _shots(entrants, demonstrations)
+    judged = [] if comparisons is None else _comparisons(comparisons)
+    heldout = None if heldout_demonstrations is None else read_records(heldout_demonstrations, "demonstrations")
     seconds: dict[str, float] = {}
     # 1. One base; every candidate and judge is verified and hung into it
-    with _phase("load", seconds):
-        base = base_of(next((e.adapter for e in entrants if e.adapter), judges[0].adapter), BaseOptions())
-        model = RoleModel.load(base, {member.role: member.adapter for member in (*entrants, *judges) if member.adapter})
+    with _phase(seconds, "load"):
+        model = _load(entrants, [*judges, *([chooser] if chooser else [])])
+    kept = Kept(None if directory is None else directory / FILE)
     # 2. The different prompts that fit
-    context = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    longest = min(context - max_new_tokens, max_prompt_length or math.inf)
-    chosen, counts = _prompts(model, rows, longest, prompts)
-    run = Comparison(model, entrants, judges, chosen, batch_size, seed, seconds)
-    # 3. Answers, 4. Judges
+    context = getattr(model.base.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    chosen, counts = _prompts(model, rows, min(context - max_new_tokens, max_prompt_length or math.inf), prompts)
+    prompting = Prompting.of(model.base.encode_prompt, context - max_new_tokens, shots, seed)
+    computing, judges = KeptModel(model, kept, batch_size, partial(_phase, seconds)), [*judges, *_people(votes, entrants)]
+    run = Comparison(computing, entrants, judges, chooser, chosen, prompting, seed, seconds)
+    # 3. Answers
     decodings = [Decoding("sampled", Sampling(max_new_tokens, temperature), samples)]
     decodings += [Decoding("greedy", Sampling(max_new_tokens, 0.0), 1)] if greedy else []
     for decoding in decodings:
         run.answer(decoding)
-    run.score(decodings)
-    # 5. KL to the reference on own answers, perplexity on people's
-    kl = run.kl(decodings[0])
-    perplexities = run.perplexity(demonstrations) if demonstrations else {}
-    # 6. The report
+    # 4. Side effects, KL to the reference on own answers, perplexity on people's  5. Judges, and the report
     settings = {
         **counts, "samples": samples, "temperature": temperature, "greedy": greedy, "max_new_tokens": max_new_tokens,
-        "max_prompt_length": max_prompt_length, "batch_size": batch_size, "seed": seed,
-        "heldout_demonstrations": len(demonstrations) if demonstrations else None,
-        "heldout_demonstrations_sha256": data_hash(demonstrations) if demonstrations else None,
+        "max_prompt_length": max_prompt_length, "batch_size": batch_size, "seed": seed, **_counted("heldout_demonstrations", heldout),
     }  # fmt: skip
-    report = run.report(decodings, settings, kl, perplexities)
+    measured = run.side_effects(effects, decodings, heldout) if effects else []
+    report = run.report(decodings, settings, run.kl(decodings[0]), run.perplexity(heldout) if heldout else {}, judged, ratings)
+    report.side_effects = measured
     if output_dir is not None:
         report.save(output_dir)
     return report
@@ -129,19 +123,22 @@ def evaluate(
 class Comparison:
     """One evaluation under way: who takes part, the prompts, and the seconds each phase took."""
 
-    model: RoleModel
+    model: KeptModel
     candidates: list[Candidate]
-    judges: list[RewardJudge]
-    prompts: list[tuple[list[dict], list[int]]]
-    """Messages and their tokens."""
-    batch_size: int
+    judges: list[Judge]
+    chooser: RewardJudge | None
+    """Whose scores decide which of n answers is the best."""
+    prompts: list[tuple[dict, list[int]]]
+    """Rows and the tokens of their conversations."""
+    prompting: Prompting
     seed: int
     seconds: dict[str, float]
+    _merged: dict[str, KeptModel] = field(default_factory=dict)
 
     @property
     def reference(self) -> Candidate | None:
         """The first adapter; None where only the base takes part."""
-        return next((candidate for candidate in self.candidates if candidate.adapter), None)
+        return next((candidate for candidate in self.candidates if candidate.kind == "adapter"), None)
 
     @property
     def headline(self) -> tuple[Candidate, Candidate] | None:
@@ -151,92 +148,186 @@ class Comparison:
         return None if other is last else (last, other)
 
     def answer(self, decoding: Decoding) -> None:
-        """All candidates' answers in mixed batches, the rows of a prompt side by side."""
-        rows = list(itertools.product(self.prompts, range(decoding.samples), self.candidates))
-        with _phase(f"answers, {decoding.name}", self.seconds, len(rows)) as advance:
-            answers = generate(
-                self.model, [ids for (_, ids), _, _ in rows], [candidate.role for _, _, candidate in rows], decoding.sampling,
-                seed=self.seed, batch_size=self.batch_size, progress=advance,
-            )  # fmt: skip
-        for (_, _, candidate), ids in zip(rows, answers, strict=True):
-            decoding.answers.setdefault(candidate.name, []).append(ids)
+        """All candidates' answers in mixed batches, the rows of a prompt side by side; the best of n equal answers is none."""
+        taking_part = [c for c in self.candidates if c.kind != "best-of-n" or decoding.sampling.temperature > 0]
+        asked: dict[str | None, list[Asked]] = {}
+        for (row, _), candidate in itertools.product(self.prompts, taking_part):
+            ids = tuple(self.prompting.ids(candidate, row))
+            draws = [Asked(candidate.name, candidate.role, ids, i) for i in range(decoding.samples * candidate.draws)]
+            asked.setdefault(candidate.name if candidate.kind == "merged" else None, []).extend(draws)
+        drawn: dict[str, list[list[int]]] = {candidate.name: [] for candidate in taking_part}
+        for merged, part in asked.items():
+            label = f"answers, {decoding.name}" + (f", {merged}" if merged else "")
+            answers = self._model_of(merged).answers(part, decoding.sampling, self.seed, label)
+            for one, ids in zip(part, answers, strict=True):
+                drawn[one.name].append(ids)
+        for candidate in taking_part:
+            own = drawn[candidate.name]
+            decoding.answers[candidate.name] = own if candidate.draws == 1 else self._best(candidate, own, decoding)
+            decoding.texts[candidate.name] = [self.model.model.base.decode(ids) for ids in decoding.answers[candidate.name]]
 
-    def sequences(self, decoding: Decoding, candidate: Candidate) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, answer ids) of one candidate."""
+    def _best(self, candidate: Candidate, drawn: list[list[int]], decoding: Decoding) -> list[list[int]]:
+        """Of each n answers the one that the training reward model scores highest."""
+        prompts = [ids for _, ids in self.prompts for _ in range(decoding.samples * candidate.draws)]
+        scores = self.model.scores(self.chooser.roles, list(zip(prompts, drawn, strict=True)), f"{candidate.name}: choosing")
+        best = self.chooser.combined(scores).reshape(-1, candidate.draws).argmax(1)
+        return [drawn[number * candidate.draws + place] for number, place in enumerate(best)]
+
+    def sequences(self, decoding: Decoding, candidate: str) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, answer ids) of one candidate: whatever else it was shown, it is judged by the prompt."""
         prompts = [ids for _, ids in self.prompts for _ in range(decoding.samples)]
-        return list(zip(prompts, decoding.answers[candidate.name], strict=True))
+        return list(zip(prompts, decoding.answers[candidate], strict=True))
 
     def score(self, decodings: list[Decoding]) -> None:
-        """Every judge scores every answer.
-
-        Equal answers to a prompt are scored once: in batches of other lengths they would differ in the last bits, and a tie
-        would count as a win.
-        """
-        keys = [(decoding, candidate) for decoding in decodings for candidate in self.candidates]
-        parts = [[(tuple(prompt), tuple(answer)) for prompt, answer in self.sequences(*key)] for key in keys]
-        different = list(dict.fromkeys(itertools.chain(*parts)))
-        sequences = [(list(prompt), list(answer)) for prompt, answer in different]
-        with _phase("scores", self.seconds, len(different)) as advance:
-            by_judge = reward_scores(self.model, self.judges, sequences, batch_size=self.batch_size, progress=advance)
-        for judge, scores in zip(self.judges, by_judge, strict=True):
-            score_of = dict(zip(different, scores.tolist(), strict=True))
-            for (decoding, candidate), part in zip(keys, parts, strict=True):
-                own = np.array([score_of[sequence] for sequence in part])
-                decoding.scores[judge.name, candidate.name] = own.reshape(len(self.prompts), decoding.samples)
+        """Every reward judge scores every answer."""
+        judges = [judge for judge in self.judges if isinstance(judge, RewardJudge)]
+        keys = [(decoding, name) for decoding in decodings for name in decoding.answers]
+        sequences = [sequence for key in keys for sequence in self.sequences(*key)]
+        by_role = self.model.scores([role for judge in judges for role in judge.roles], sequences, "scores") if judges else {}
+        for judge in judges:
+            scores, start = judge.combined(by_role), 0
+            for decoding, name in keys:
+                end = start + len(self.prompts) * decoding.samples
+                decoding.scores[judge.name, name] = scores[start:end].reshape(len(self.prompts), decoding.samples)
+                start = end
 
     def kl(self, decoding: Decoding) -> dict[str, np.ndarray]:
         """KL estimates (prompts, samples) of every adapter to the reference, both at the temperature of the sampling."""
         estimates = {}
-        others = [candidate for candidate in self.candidates if candidate.adapter and candidate is not self.reference]
-        with _phase("kl", self.seconds, len(self.prompts) * decoding.samples * len(others)) as advance:
-            for candidate in others:
-                options = {"temperature": decoding.sampling.temperature, "batch_size": self.batch_size, "progress": advance}
-                sequences = self.sequences(decoding, candidate)
-                policy, reference = log_probs(self.model, [candidate.role, self.reference.role], sequences, **options)
-                estimates[candidate.name] = kl_per_answer(policy, reference).reshape(len(self.prompts), decoding.samples)
+        for candidate in self.candidates:
+            if candidate.kind in ("adapter", "merged") and candidate is not self.reference and self.reference:
+                sequences, label = self.sequences(decoding, candidate.name), f"KL of {candidate.name}"
+                own = self.log_probs_of([candidate, self.reference], sequences, label, temperature=decoding.sampling.temperature)
+                estimates[candidate.name] = kl_per_answer(*own.values()).reshape(len(self.prompts), decoding.samples)
         return estimates
 
     def perplexity(self, demonstrations: list[dict]) -> dict[str, float]:
-        """Per answer token, the one that ends the answer included."""
-        base = self.model.base
-        sequences = [(base.encode_prompt(row["prompt"]), base.encode_completion(row["completion"])) for row in demonstrations]
-        with _phase("perplexity", self.seconds, len(sequences)) as advance:
-            roles = [candidate.role for candidate in self.candidates]
-            by_candidate = log_probs(self.model, roles, sequences, batch_size=self.batch_size, progress=advance)
-        return {candidate.name: perplexity(found) for candidate, found in zip(self.candidates, by_candidate, strict=True)}
+        """Per answer token, the one that ends the answer included. What is chosen from several answers has none."""
+        able = [candidate for candidate in self.candidates if candidate.kind in ("base", "few-shot", "adapter", "merged")]
+        found = {}
+        for shown, group in itertools.groupby(sorted(able, key=lambda c: c.n or 0), key=lambda c: c.n):
+            members = list(group)
+            completions = [self.model.model.base.encode_completion(row["completion"]) for row in demonstrations]
+            sequences = [(self.prompting.ids(members[0], row), ids) for row, ids in zip(demonstrations, completions, strict=True)]
+            by_name = self.log_probs_of(members, sequences, "perplexity" if shown is None else f"perplexity, {members[0].name}")
+            found |= {name: perplexity(own) for name, own in by_name.items()}
+        return found
 
-    def report(self, decodings: list[Decoding], settings: dict, kl: dict[str, np.ndarray], perplexities: dict[str, float]) -> Report:
-        base = self.model.base
-        pairs = [(a, b) for b, a in itertools.combinations(self.candidates, 2)]
-        pairs.sort(key=lambda pair: pair != self.headline)  # the headline's pair first
-        rewards = [self._reward(d, judge, c) for d in decodings for judge in self.judges for c in self.candidates]
-        texts = [self._text(d, c) for d in decodings for c in self.candidates]
+    def log_probs_of(self, candidates: Sequence[Candidate], sequences: Sequence, label: str, **options: Any) -> dict[str, list]:
+        """By candidate, in their order; those in the one base together."""
+        inside = list(dict.fromkeys(candidate.role for candidate in candidates if candidate.kind != "merged"))
+        by_role = self.model.log_probs(inside, sequences, label, **options)
+        found = {}
+        for candidate in candidates:
+            if candidate.kind == "merged":
+                own = self._model_of(candidate.name).log_probs([None], sequences, f"{label}, {candidate.name}", **options)
+                found[candidate.name] = own[None]
+            else:
+                found[candidate.name] = by_role[candidate.role]
+        return found
+
+    # --- what side effects are measured with ------------------------------------------------------------------------
+
+    @property
+    def roles(self) -> RoleModel:
+        return self.model.model
+
+    def prompt_ids(self, candidate: Candidate, row: dict) -> list[int]:
+        return self.prompting.ids(candidate, row)
+
+    def answers_to(self, rows: Sequence[dict], sampling: Sampling, samples: int, name: str) -> dict[str, list[list[int]]]:
+        """Everybody's answers to other prompts, prompt by prompt."""
+        decoding = Decoding(name, sampling, samples)
+        replace(self, prompts=[(row, self.roles.base.encode_prompt(row["prompt"])) for row in rows]).answer(decoding)
+        return decoding.answers
+
+    def side_effects(self, options: SideEffects, decodings: list[Decoding], demonstrations: list[dict] | None) -> list[dict[str, Any]]:
+        rows = [
+            {"prompt": row["prompt"], "completion": row.get("reference"), "category": category_in(row, "prompts")}
+            for row, _ in self.prompts
+        ]
+        known = PromptSet("held-out", rows)
+        held_out = [Answered(known, one.name, one.sampling, one.samples, one.answers) for one in decodings]
+        return measure_side_effects(self, options, decodings[0].sampling, held_out=held_out, demonstrations=demonstrations)
+
+    def _model_of(self, merged: str | None) -> KeptModel:
+        """Of a merged model its own, one of them at a time beside the base; None: the base with all adapters."""
+        if merged is None:
+            return self.model
+        if merged not in self._merged:
+            self._merged.clear()
+            path = next(candidate.path for candidate in self.candidates if candidate.name == merged)
+            base, own = base_of(path, BaseOptions(dtype=self.model.model.base.dtype)), self.model.model.base
+            for what in ("tokenizer_sha256", "template_sha256"):
+                if getattr(base, what) != getattr(own, what):
+                    raise InstructLiteError(f"{path}: its {what.split('_')[0]} is not that of {own.id}: its answers cannot be judged by it")
+            # A RoleModel has at least one adapter; this one is never active.
+            model = RoleModel.load(base, {"spare": lora_config(Lora(r=1, alpha=1, top_layers=1), base.model, "CAUSAL_LM")})
+            self._merged[merged] = KeptModel(model, self.model.kept, self.model.batch_size, self.model.phase)
+        return self._merged[merged]
+
+    def report(
+        self, decodings: list[Decoding], settings: dict, kl: dict[str, np.ndarray], perplexities: dict[str, float],
+        judged: list[dict], ratings: Sequence[Scale] = (),
+    ) -> Report:  # fmt: skip
+        self.score(decodings)
+        base, names = self.model.model.base, tuple(c.name for c in self.headline) if self.headline else None
+        adapters = {candidate.name: candidate.adapter for candidate in self.candidates if candidate.adapter}
+        reference = self.reference.name if self.reference else None
+        judging = Judging(self.judges, decodings, [row for row, _ in self.prompts], names, reference, self.seed)
+        with _phase(self.seconds, "language models judge"):
+            total, rated = judging.rates, judging.ratings(ratings)  # they are asked before the next bar stands
+        with _phase(self.seconds, "win rates", total) as advance:
+            win_rates, strengths, agreement = judging.win_rates(advance), judging.strengths(), judging.agreement()
+        rewards = [self._reward(d, judge, name) for d in decodings for judge in self._measures for name in d.answers]
+        texts = [self._text(d, name) for d in decodings for name in d.answers]
         return Report(
             base={name: getattr(base, name) for name in ("id", "revision", "fingerprint", "quantization", "dtype")},
             settings=settings,
-            reference=self.reference.name if self.reference else None,
-            headline=[candidate.name for candidate in self.headline] if self.headline else None,
+            reference=reference,
+            headline=list(names) if names else None,
             candidates=[self._candidate(c, rewards, texts, kl, perplexities) for c in self.candidates],
-            judges=[judge.to_dict({c.name: c.adapter for c in self.candidates if c.adapter}) for judge in self.judges],
-            win_rates=[self._win_rate(d, judge, a, b) for d in decodings for judge in self.judges for a, b in pairs],
+            judges=[judge.to_dict(adapters) | self._accuracy(judge, judged) | judging.heard(judge) for judge in self.judges],
+            win_rates=win_rates,
             rewards=rewards,
             texts=texts,
             sharpening=self._sharpening(decodings),
-            samples=self._samples(decodings[0]),
+            samples=self._samples(judging, decodings[0]),
             seconds=self.seconds,
-            training=list(filter(None, (training_of(c.name, c.adapter) for c in self.candidates if c.adapter))),
+            training=[row for c in self.candidates if c.kind == "adapter" and (row := training_of(c.name, c.adapter))],
             answers=[self._answers(decodings, number) for number in range(len(self.prompts))],
+            strengths=strengths,
+            agreement=agreement,
+            ratings=rated,
+            costs=[cost for candidate in self.candidates if (cost := candidate.cost())],
         )
 
-    def _reward(self, decoding: Decoding, judge: RewardJudge, candidate: Candidate) -> dict[str, Any]:
-        reward = statistics.mean(decoding.scores[judge.name, candidate.name], seed=self.seed)
-        return {"candidate": candidate.name, "judge": judge.name, "decoding": decoding.name, **_flat("mean_reward", reward)}
+    def _accuracy(self, judge: Judge, comparisons: list[dict]) -> dict[str, Any]:
+        """How often a judge prefers what people preferred, where there are comparisons, and its own training has not measured it."""
+        if not comparisons or isinstance(judge, People) or judge.to_dict({})["accuracy"] is not None:
+            return {}
+        if isinstance(judge, LanguageModelJudge):
+            found = judge.accuracy(comparisons, seed=self.seed)
+            return {name: found[name] for name in ACCURACY}
+        base, sides = self.model.model.base, ("chosen", "rejected")
+        sequences = [(base.encode_prompt(row["prompt"]), base.encode_completion(row[side])) for side in sides for row in comparisons]
+        scores = judge.combined(self.model.scores(judge.roles, sequences, f"accuracy of {judge.name}")).reshape(2, -1)
+        return accuracy(comparisons, [0.5 + 0.5 * float(np.sign(a - b)) for a, b in scores.T], seed=self.seed)
 
-    def _text(self, decoding: Decoding, candidate: Candidate) -> dict[str, Any]:
-        answers, stops = decoding.answers[candidate.name], self.model.base.stop_ids
+    @property
+    def _measures(self) -> list[RewardJudge]:
+        """Judges that give each answer a number."""
+        return [judge for judge in self.judges if isinstance(judge, RewardJudge)]
+
+    def _reward(self, decoding: Decoding, judge: RewardJudge, name: str) -> dict[str, Any]:
+        reward = statistics.mean(decoding.scores[judge.name, name], seed=self.seed)
+        return {"candidate": name, "judge": judge.name, "decoding": decoding.name, **flat("mean_reward", reward)}
+
+    def _text(self, decoding: Decoding, name: str) -> dict[str, Any]:
+        answers, stops = decoding.answers[name], self.model.model.base.stop_ids
         words = [ids[:-1] if ids[-1] in stops else ids for ids in answers]
         return {
-            "candidate": candidate.name,
+            "candidate": name,
             "decoding": decoding.name,
             "length": float(np.mean([len(ids) for ids in answers])),
             "ended": float(np.mean([ids[-1] in stops for ids in answers])),
@@ -247,14 +338,13 @@ class Comparison:
     def _candidate(
         self, candidate: Candidate, rewards: list[dict], texts: list[dict], kl: dict[str, np.ndarray], perplexities: dict[str, float]
     ) -> dict[str, Any]:
-        """The row of a candidate: what it is, then its sampled answers, the first judge's opinion of them, KL and perplexity."""
-        reward = next(row for row in rewards if row["candidate"] == candidate.name)
+        """The row of a candidate: what it is, then its sampled answers, the first reward judge's opinion of them, KL and perplexity."""
+        reward = next((row for row in rewards if row["candidate"] == candidate.name), flat("mean_reward", None))
         text = next(row for row in texts if row["candidate"] == candidate.name)
         estimates = np.zeros((len(self.prompts), 1)) if candidate is self.reference else kl.get(candidate.name)
         return {
-            "name": candidate.name,
-            "base": self.model.base.id,
-            "adapter": candidate.adapter.sha256 if candidate.adapter else None,
+            **candidate.to_dict(),
+            "base": self.model.model.base.id,
             **{name: reward[name] for name in ("mean_reward", "mean_reward_low", "mean_reward_high")},
             "kl": None if estimates is None else float(estimates.mean()),
             "kl_standard_error": None if estimates is None else statistics.standard_error(estimates),
@@ -262,103 +352,124 @@ class Comparison:
             **{name: text[name] for name in ("length", "ended", "distinct_2", "repeated_trigrams")},
         }
 
-    def _win_rate(self, decoding: Decoding, judge: RewardJudge, a: Candidate, b: Candidate) -> dict[str, Any]:
-        ours, theirs = decoding.scores[judge.name, a.name], decoding.scores[judge.name, b.name]
-        gain = statistics.mean(ours.mean(1) - theirs.mean(1), seed=self.seed)
-        names = {"a": a.name, "b": b.name, "judge": judge.name, "decoding": decoding.name}
-        rate = statistics.win_rate(ours, theirs, seed=self.seed)
-        return {**names, "rate": rate.value, "low": rate.low, "high": rate.high, "prompts": len(self.prompts), **_flat("gain", gain)}
-
     def _sharpening(self, decodings: list[Decoding]) -> dict[str, Any] | None:
         """How much of a's gain over b (see `headline`) b reaches too, without any training, by greedy decoding.
 
         None where there is no greedy decoding, or no gain that is clear of 0 to take a share of.
         """
-        if len(decodings) < 2 or self.headline is None:
+        if len(decodings) < 2 or self.headline is None or not self._measures:
             return None
-        (a, b), judge, (sampled, greedy) = self.headline, self.judges[0].name, decodings
+        (a, b), judge, (sampled, greedy) = self.headline, self._measures[0].name, decodings
+        if b.name not in greedy.answers:
+            return None
         start, part, end = sampled.scores[judge, b.name], greedy.scores[judge, b.name], sampled.scores[judge, a.name]
         if statistics.mean(end.mean(1) - start.mean(1), seed=self.seed).side_of(0) <= 0:
             return None
         share = statistics.share_of_gain(start, part, end, seed=self.seed)
-        return {"a": a.name, "b": b.name, "judge": judge, **_flat("share", share)}
+        return {"a": a.name, "b": b.name, "judge": judge, **flat("share", share)}
 
-    def _samples(self, decoding: Decoding) -> list[dict[str, Any]]:
+    def _samples(self, judging: Judging, decoding: Decoding) -> list[dict[str, Any]]:
         """Which answers the report shows: those where a lost most to b (see `headline`), then those to the first prompts."""
         losses = []
         if self.headline is not None:
-            a, b = (decoding.scores[self.judges[0].name, candidate.name] for candidate in self.headline)
-            worst = np.argsort((a - b).min(1), kind="stable")[:SHOWN_LOSSES]
-            losses = [{"prompt": int(i), "sample": int((a - b)[i].argmin()), "why": "loss"} for i in worst if (a - b)[i].min() < 0]
+            a, b = self.headline
+            margins = judging.margins(self.judges[0], Match(a.name, b.name, decoding.name, decoding.name))
+            worst = [] if margins is None else np.argsort(margins.min(1), kind="stable")[:SHOWN_LOSSES]
+            losses = [{"prompt": int(i), "sample": int(margins[i].argmin()), "why": "loss"} for i in worst if margins[i].min() < 0]
         others = [i for i in range(len(self.prompts)) if i not in {row["prompt"] for row in losses}]
         return losses + [{"prompt": i, "sample": 0, "why": "first"} for i in others[:SHOWN_OTHERS]]
 
     def _answers(self, decodings: list[Decoding], number: int) -> dict[str, Any]:
         """One prompt and all answers to it, for answers.jsonl."""
         answers = []
-        for decoding, candidate in itertools.product(decodings, self.candidates):
-            for sample in range(decoding.samples):
-                ids = decoding.answers[candidate.name][number * decoding.samples + sample]
-                scores = {judge.name: float(decoding.scores[judge.name, candidate.name][number, sample]) for judge in self.judges}
+        for decoding in decodings:
+            for name, sample in itertools.product(decoding.answers, range(decoding.samples)):
+                place = number * decoding.samples + sample
+                ids = decoding.answers[name][place]
+                scores = {judge.name: float(decoding.scores[judge.name, name][number, sample]) for judge in self._measures}
                 answers.append({
-                    "candidate": candidate.name, "decoding": decoding.name, "sample": sample, "text": self.model.base.decode(ids),
-                    "tokens": len(ids), "ended": ids[-1] in self.model.base.stop_ids, "scores": scores,
+                    "candidate": name, "decoding": decoding.name, "sample": sample, "text": decoding.texts[name][place],
+                    "tokens": len(ids), "ended": ids[-1] in self.model.model.base.stop_ids, "scores": scores,
                 })  # fmt: skip
-        return {"prompt": self.prompts[number][0], "answers": answers}
+        return {"prompt": self.prompts[number][0]["prompt"], "answers": answers}
 
 
-def _candidates(given: Model | Sequence[Model] | Mapping[str, Model]) -> list[Candidate]:
-    listed = list(given.values()) if isinstance(given, Mapping) else _listed(given)
-    members = [member if member == "base" else Adapter.load(member) for member in listed]
-    if not members:
-        raise InstructLiteError('candidates: there are none; pass adapters, "base", or both')
-    for member in members:
-        if member != "base" and member.role != "policy":
-            raise InstructLiteError(f"{member}: a {member.role} adapter cannot answer; pass adapters of SFT or PPO as candidates")
-    names = list(given) if isinstance(given, Mapping) else _names(members)
-    # Roles have names of their own: PEFT takes no dots in them, torch no names of its own methods ("train", "eval").
-    return [
-        Candidate(name, None, None) if member == "base" else Candidate(name, member, f"candidate{number}")
-        for number, (name, member) in enumerate(zip(names, members, strict=True))
-    ]
+def _check(temperature: float, ratings: Sequence[str], **counts: int | None) -> None:
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise InstructLiteError(f"{name}={number}: must be at least 1")
+    if temperature <= 0:
+        raise InstructLiteError(f"temperature={temperature}: must be above 0; greedy=True adds greedy answers")
+    if unknown := [scale for scale in ratings if scale not in SCALES]:
+        raise InstructLiteError(f"ratings: no scale '{unknown[0]}'; there are {', '.join(SCALES)}")
 
 
-def _judges(given: Model | Sequence[Model] | Mapping[str, Model]) -> list[RewardJudge]:
-    if isinstance(given, Mapping):
-        names, members = list(given), [Adapter.load(member) for member in given.values()]
-    else:
-        members = [Adapter.load(member) for member in _listed(given)]
-        names = _names(members)
-    if not members:
-        raise InstructLiteError("judge: there is none; pass a reward adapter")
-    return [RewardJudge(name, member, f"judge{number}") for number, (name, member) in enumerate(zip(names, members, strict=True))]
+def _effects(wanted: bool | SideEffects, judges: Sequence[Judge]) -> SideEffects | None:
+    """With the first language model among the judges where no other is named; None: not wanted."""
+    if not wanted:
+        return None
+    options = SideEffects() if isinstance(wanted, bool) else wanted
+    options.check()
+    asked = next((judge for judge in judges if isinstance(judge, LanguageModelJudge)), None)
+    return options if options.judge else replace(options, judge=asked)
 
 
-def _listed(given: Model | Sequence[Model]) -> Sequence[Model]:
-    return [given] if isinstance(given, (str, Path, Adapter)) else given
+def _counted(name: str, rows: list[dict] | None) -> dict[str, Any]:
+    return {name: len(rows) if rows else None, f"{name}_sha256": data_hash(rows) if rows else None}
 
 
-def _names(members: Sequence[Adapter | str]) -> list[str]:
-    """Directory names; where two are alike, the second is "sft-2"."""
-    names: list[str] = []
-    for member in members:
-        name = unique = member.name if isinstance(member, Adapter) else member
-        for number in itertools.count(2):
-            if unique not in names:
-                break
-            unique = f"{name}-{number}"
-        names.append(unique)
-    return names
+def _chooser(candidates: list[Candidate], reward: Model | None) -> RewardJudge | None:
+    """The reward model that best-of-n chooses by, where there is a best-of-n."""
+    best = next((candidate for candidate in candidates if candidate.kind == "best-of-n"), None)
+    if best is None:
+        return None
+    if reward is None:
+        raise InstructLiteError(f"{best.name}: the best by which reward model? Give reward=, the one that was trained on (never the judge)")
+    return reward_judge(reward, "chooser")
 
 
-def _prompts(
-    model: RoleModel, rows: list[dict], longest: float, limit: int | None
-) -> tuple[list[tuple[list[dict], list[int]]], dict[str, int]]:
+def _people(votes: Sequence[Mapping[str, Any]], candidates: list[Candidate]) -> list[People]:
+    hashes = {c.adapter.sha256 if c.adapter else "": c.name for c in candidates if c.kind in ("base", "adapter")}
+    people = People.of(votes, hashes)
+    return [people] if people else []
+
+
+def _shots(candidates: list[Candidate], demonstrations: Source | None) -> list[dict]:
+    """Demonstrations for few-shot candidates."""
+    shown = next((candidate for candidate in candidates if candidate.kind == "few-shot"), None)
+    if shown is None:
+        return []
+    if demonstrations is None:
+        raise InstructLiteError(f"{shown.name}: give demonstrations=, those that SFT was trained on")
+    return read_records(demonstrations, "demonstrations")
+
+
+def _comparisons(source: Source) -> list[dict]:
+    """People's comparisons; of a ranking, its best answer against its worst."""
+    found = []
+    for row, group in zip(rows := read_records(source), as_groups(rows), strict=True):
+        ranked = sorted(zip(group["ranks"], group["responses"], strict=True))
+        if ranked[0][0] < ranked[-1][0]:
+            found.append({"prompt": row["prompt"], "chosen": ranked[0][1], "rejected": ranked[-1][1]})
+    return found[:MOST_COMPARISONS]
+
+
+def _load(candidates: list[Candidate], judges: Sequence[Judge]) -> RoleModel:
+    adapters = {candidate.role: candidate.adapter for candidate in candidates if candidate.role}
+    for judge in judges:
+        if isinstance(judge, RewardJudge):
+            adapters |= dict(zip(judge.roles, judge.members, strict=True))
+    if not adapters:
+        raise InstructLiteError("candidates: no adapter among candidates and judges says which base it is")
+    return RoleModel.load(base_of(next(iter(adapters.values())), BaseOptions()), adapters)
+
+
+def _prompts(model: RoleModel, rows: list[dict], longest: float, limit: int | None) -> tuple[list[tuple[dict, list[int]]], dict[str, Any]]:
     """The first `limit` different prompts of at most `longest` tokens, and what became of the rows."""
-    encoded: dict[tuple[int, ...], list[dict]] = {}
+    encoded: dict[tuple[int, ...], dict] = {}
     for row in rows:
-        encoded.setdefault(tuple(model.base.encode_prompt(row["prompt"])), row["prompt"])
-    fitting = [(prompt, list(ids)) for ids, prompt in encoded.items() if len(ids) <= longest]
+        encoded.setdefault(tuple(model.base.encode_prompt(row["prompt"])), row)
+    fitting = [(row, list(ids)) for ids, row in encoded.items() if len(ids) <= longest]
     if not fitting:
         shortest = min(map(len, encoded))
         raise InstructLiteError(f"no prompt has at most {longest:g} tokens (the shortest has {shortest}); raise max_prompt_length")
@@ -368,18 +479,14 @@ def _prompts(
         "repeated": len(rows) - len(encoded),
         "too_long": len(encoded) - len(fitting),
         "prompts": len(chosen),
-        "prompts_sha256": data_hash({"prompt": prompt} for prompt, _ in chosen),
+        "prompts_sha256": data_hash({"prompt": row["prompt"]} for row, _ in chosen),
     }
 
 
-def _flat(name: str, interval: statistics.Interval) -> dict[str, float | None]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
 @contextmanager
-def _phase(name: str, seconds: dict[str, float], rows: int = 0) -> Iterator[Progress]:
+def _phase(seconds: dict[str, float], name: str, rows: int = 0, done: int = 0) -> Iterator[Advance]:
     """Notes how long it takes; shows progress where there are rows to count."""
     start = time.perf_counter()
-    with progress(f"evaluate: {name}", rows) if rows else nullcontext(lambda done: None) as advance:
+    with progress(f"evaluate: {name}", rows, done) if rows > done else nullcontext(lambda count=1: None) as advance:
         yield advance
     seconds[name] = round(time.perf_counter() - start, 2)

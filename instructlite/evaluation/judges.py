@@ -6,63 +6,66 @@ come, or cannot be read, is missing: it is never scored as a loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ..data.generating import pairwise
-from ..data.generating.completer import Completions, Messages, Request
+from ..data.generating.completer import Completions, Endpoint, Messages, Request
 from ..data.generating.pairwise import Pair, Verdicts, verdict_in
 from ..data.generating.templates import Prompts, read_prompts, transcript
 from ..errors import InstructLiteError
-from ..models.manifest import Adapter
-from . import statistics
-
-if TYPE_CHECKING:
-    from ..models.roles import RoleModel
-    from ..models.sampling import Progress
-    from ..models.sampling import Sequence as Tokens
+from ..models.manifest import Adapter, unused
+from . import outcomes, statistics
+from .outcomes import Contest
 
 
 @dataclass(frozen=True)
 class RewardJudge:
-    """A reward adapter under the name it has in the report; `role` is the one it is loaded as."""
+    """A reward adapter, or an ensemble of them, under the name it has in the report; `roles` are what they are loaded as."""
 
     name: str
-    adapter: Adapter
-    role: str
+    members: tuple[Adapter, ...]
+    roles: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.adapter.role != "reward":
-            raise InstructLiteError(f"{self.adapter}: a {self.adapter.role} adapter cannot judge; pass one that RewardRecipe wrote")
+        for member in self.members:
+            if member.role != "reward":
+                raise InstructLiteError(f"{member}: a {member.role} adapter cannot judge; pass one that RewardRecipe wrote")
+
+    @property
+    def kind(self) -> str:
+        return "reward" if len(self.members) == 1 else "ensemble"
+
+    def combined(self, scores: Mapping[str, Sequence[float]]) -> np.ndarray:
+        """One score for each answer from those of the members by role: their mean, each in units of its own spread where that is known."""
+        each = np.array([scores[role] for role in self.roles])
+        measured = [member.metrics for member in self.members]
+        if len(each) == 1 or not all(found.get("score_std") for found in measured):
+            return each.mean(0)
+        means, spreads = (np.array([found[name] for found in measured])[:, None] for name in ("score_mean", "score_std"))
+        return ((each - means) / spreads).mean(0)
 
     def to_dict(self, candidates: Mapping[str, Adapter]) -> dict[str, Any]:
         """Its row in the report: its own accuracy, and which candidates it trained, as far as their manifests say."""
         trained_by = {name: candidate.manifest.parents.get("reward") for name, candidate in candidates.items()}
-        found = self.adapter.metrics
+        own = {member.sha256 for member in self.members}
+        found = self.members[0].metrics
         return {
             "name": self.name,
-            "adapter": self.adapter.sha256,
-            **{name: found.get(f"eval_{name}") for name in ("accuracy", "accuracy_low", "accuracy_high", "pairs", "longer_wins")},
-            "trained": [name for name, reward in trained_by.items() if reward == self.adapter.sha256],
-            "not_trained": [name for name, reward in trained_by.items() if reward not in (None, self.adapter.sha256)],
+            "kind": self.kind,
+            "adapter": self.members[0].sha256,
+            **{name: found.get(f"eval_{name}") for name in ACCURACY},
+            "trained": [name for name, reward in trained_by.items() if reward in own],
+            "not_trained": [name for name, reward in trained_by.items() if reward is not None and reward not in own],
         }
 
 
-def reward_scores(
-    model: RoleModel, judges: list[RewardJudge], sequences: list[Tokens], *, batch_size: int = 32, progress: Progress | None = None
-) -> np.ndarray:
-    """A score of each judge for each (prompt ids, answer ids), read at the answer's last token, as PPO reads its reward model."""
-    from ..models.sampling import score  # an endpoint judges without torch
-
-    scores = score(model, [judge.role for judge in judges], sequences, batch_size=batch_size, progress=progress).double().numpy()
-    for judge, own in zip(judges, scores, strict=True):
-        if not np.isfinite(own).all():
-            raise InstructLiteError(f"{judge.adapter}: its scores are not finite; train the reward model again")
-    return scores
+ACCURACY = ("accuracy", "accuracy_low", "accuracy_high", "pairs", "longer_wins")
 
 
 Scale = Literal["pointwise", "likert"]
@@ -91,6 +94,10 @@ class LanguageModelJudge:
     def of(cls, completions: Completions, prompts: str | Path | None = None, **options: Any) -> LanguageModelJudge:
         return cls(completions.model, completions, read_prompts("judge", prompts), **options)
 
+    def to_dict(self, candidates: Mapping[str, Adapter]) -> dict[str, Any]:
+        """Its row in the report, what it is; it has trained nobody."""
+        return {"name": self.name, "kind": "language model", "adapter": None, **dict.fromkeys(ACCURACY), "trained": [], "not_trained": []}
+
     def compare(self, pairs: Sequence[Pair]) -> Verdicts:
         """Every pair in both orders; see pairwise.py."""
         return pairwise.compare(self.completions, self.prompts, pairs, max_tokens=self.max_tokens, label=f"judged by {self.name}")
@@ -111,11 +118,105 @@ class LanguageModelJudge:
 
     def accuracy(self, comparisons: Sequence[Mapping], *, seed: int = 0) -> dict[str, Any]:
         """How often it prefers what people preferred, a tie counting half; with the interval, and what is wrong with the judge."""
-        pairs = [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in comparisons]
-        found = preference(pairs, self.compare(pairs), seed=seed)
-        longer = [(len(pair.a) > len(pair.b)) + 0.5 * (len(pair.a) == len(pair.b)) for pair in pairs]
-        names = {"rate": "accuracy", "low": "accuracy_low", "high": "accuracy_high"}
-        return {names.get(key, key): value for key, value in found.items()} | {"longer_wins": float(np.mean(longer))}
+        verdicts = self.compare([Pair(row["prompt"], row["chosen"], row["rejected"]) for row in comparisons])
+        found = accuracy(comparisons, [np.nan if outcome is None else outcome for outcome in verdicts.outcomes], seed=seed)
+        return verdicts.measured() | {"warnings": verdicts.warnings()} | found
+
+
+def accuracy(comparisons: Sequence[Mapping], won: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
+    """Of a judge's outcomes for people's comparisons (1: it prefers what they chose, NaN: no verdict): how often that is so, with the
+    interval, on how many pairs, and how often the longer answer was chosen."""
+    differences = [len(row["chosen"]) - len(row["rejected"]) for row in comparisons]
+    grid = statistics.by_prompt(zip((row["prompt"] for row in comparisons), won, strict=True))
+    found = None if np.isnan(grid).all() else statistics.preference_rate(grid, seed=seed)
+    values = (found.value, found.low, found.high) if found else (None, None, None)
+    longer = float(np.mean([0.5 + 0.5 * np.sign(difference) for difference in differences]))
+    return dict(zip(ACCURACY, (*values, int((~np.isnan(grid)).sum()), longer), strict=True))
+
+
+@dataclass(frozen=True)
+class People:
+    """What people voted, on whatever answers of the candidates they were shown: (decoding, contest) for each pair of candidates."""
+
+    contests: tuple[tuple[str, Contest], ...]
+    name: str = "people"
+
+    @classmethod
+    def of(cls, votes: Iterable[Mapping[str, Any]], candidates: Mapping[str, str]) -> People | None:
+        """votes: rows of a, b (hash of the adapter, "" for the base alone), a_text, b_text, prompt, decoding, outcome (1: a was
+        preferred, 0.5 neither). candidates: name by hash. None where no vote is about two of them."""
+        found: dict[tuple[str, str, str], list[tuple[Any, float, int]]] = {}
+        for vote in votes:
+            a, b = (candidates.get(vote[side]) for side in ("a", "b"))
+            if a is None or b is None or a == b:
+                continue
+            order = list(candidates.values())
+            row = (vote["prompt"], vote["outcome"], len(vote["a_text"]) - len(vote["b_text"]))
+            if order.index(a) < order.index(b):  # the one that comes later is a, as in all other rows
+                a, b, row = b, a, (row[0], 1 - row[1], -row[2])
+            found.setdefault((vote["decoding"], a, b), []).append(row)
+        prompts = {repr(prompt): number for number, prompt in enumerate(row[0] for rows in found.values() for row in rows)}
+        contests = []
+        for (decoding, a, b), rows in found.items():
+            won, longer = (statistics.by_prompt((row[0], row[place]) for row in rows) for place in (1, 2))
+            numbers = tuple(dict.fromkeys(prompts[repr(row[0])] for row in rows))
+            contests.append((decoding, Contest(a, b, won, longer, numbers)))
+        return cls(tuple(contests)) if contests else None
+
+    def to_dict(self, candidates: Mapping[str, Adapter]) -> dict[str, Any]:
+        return {"name": self.name, "kind": "people", "adapter": None, **dict.fromkeys(ACCURACY), "trained": [], "not_trained": []}
+
+
+Judge = RewardJudge | LanguageModelJudge | People
+
+
+LANGUAGE_MODEL = "llm:"
+
+
+def language_model(spelled: str, cache: str | Path | None, **options: Any) -> LanguageModelJudge:
+    """The judge that "llm:MODEL@URL" names, an OpenAI-compatible endpoint ("llm:MODEL@openai": OpenAI's), or "llm:MODEL", in memory.
+
+    cache: the file where its answers are kept. options: of the Endpoint.
+    """
+    model, at, url = spelled.removeprefix(LANGUAGE_MODEL).rpartition("@")
+    if at and (url == "openai" or "://" in url):
+        return LanguageModelJudge.of(Completions(Endpoint(model, None if url == "openai" else url, **options), cache))
+    from ..models.completer import LocalCompleter  # an endpoint judges without torch
+
+    return LanguageModelJudge.of(Completions(LocalCompleter.load(spelled.removeprefix(LANGUAGE_MODEL)), cache))
+
+
+def judges_of(given: Any, cache: str | Path | None = None) -> list[RewardJudge | LanguageModelJudge]:
+    """Judges from what a user may give: one, several, or {name: judge}; each a reward adapter (its directory, a Hub repository), a
+    list of them as an ensemble, a LanguageModelJudge, or "llm:MODEL@URL" and "llm:MODEL".
+
+    cache: where the answers of language models are kept. Raises InstructLiteError where one cannot judge.
+    """
+    single = isinstance(given, (str, Path, Adapter, LanguageModelJudge))
+    named = list(given.items()) if isinstance(given, Mapping) else [(None, one) for one in ([given] if single else given)]
+    judges: list[RewardJudge | LanguageModelJudge] = []
+    for number, (name, one) in enumerate(named):
+        if isinstance(one, str) and one.startswith(LANGUAGE_MODEL):
+            one = language_model(one, cache)
+        judge = one if isinstance(one, LanguageModelJudge) else reward_judge(one, f"judge{number}")
+        judges.append(replace(judge, name=unused(name or judge.name, [other.name for other in judges])))
+    if not judges:
+        raise InstructLiteError("judge: there is none; pass a reward adapter")
+    return judges
+
+
+def reward_judge(given: Any, role: str) -> RewardJudge:
+    """A reward adapter, with the other members where it is an ensemble, or several as one."""
+    listed = [given] if isinstance(given, (str, Path, Adapter)) else given
+    members = tuple(itertools.chain(*(Adapter.load(one).members for one in listed)))
+    return RewardJudge(members[0].name, members, tuple(f"{role}_{number}" for number in range(len(members))))
+
+
+def position_bias(pairs: Sequence[Pair], verdicts: Verdicts, *, seed: int = 0) -> statistics.Interval | None:
+    """How much oftener the first place won in both orders than the second did, as a share of the pairs: 0 for a fair judge."""
+    places = zip(pairs, verdicts.first_order, verdicts.second_order, verdicts.same, strict=True)
+    known = [(pair.prompt, (x == y == 1) - (x == y == 0)) for pair, x, y, same in places if not same and None not in (x, y)]
+    return statistics.mean(np.nanmean(statistics.by_prompt(known), 1), seed=seed) if known else None
 
 
 def preference(pairs: Sequence[Pair], verdicts: Verdicts, *, margin: float = 0.05, seed: int = 0) -> dict[str, Any]:
@@ -124,26 +225,7 @@ def preference(pairs: Sequence[Pair], verdicts: Verdicts, *, margin: float = 0.0
     margin: to either side; `prompts_needed` says how many prompts an interval of it takes.
     """
     known = zip(pairs, verdicts.outcomes, strict=True)
-    outcomes = statistics.by_prompt((pair.prompt, np.nan if outcome is None else outcome) for pair, outcome in known)
+    won = statistics.by_prompt((pair.prompt, np.nan if outcome is None else outcome) for pair, outcome in known)
     longer = statistics.by_prompt((pair.prompt, len(pair.a) - len(pair.b)) for pair in pairs)
-    measured, warnings = verdicts.measured(), verdicts.warnings()
-    if np.isnan(outcomes).all():
-        empty = dict.fromkeys(
-            ("rate", "low", "high", "length_controlled", "length_controlled_low", "length_controlled_high", "p_of_a_draw")
-        )
-        return {**empty, "prompts": 0, "prompts_needed": None, **measured, "warnings": [*warnings, "no pair has a verdict"]}
-    rate = statistics.preference_rate(outcomes, seed=seed)
-    controlled = statistics.length_controlled_rate(outcomes, longer, seed=seed)
-    if rate.side_of(0.5) and controlled.side_of(0.5) != rate.side_of(0.5):
-        warnings.append(
-            f"length: {rate.value:.2f} are won, but {controlled.value:.2f} would be by answers of equal length, which is not clear of a "
-            "draw: length may be all that was preferred"
-        )
-    needed = statistics.prompts_needed(outcomes, margin)
-    test = statistics.paired_test(outcomes, np.where(np.isnan(outcomes), np.nan, 0.5), seed=seed)
-    return {
-        "rate": rate.value, "low": rate.low, "high": rate.high, "length_controlled": controlled.value,
-        "length_controlled_low": controlled.low, "length_controlled_high": controlled.high,
-        "prompts": int((~np.isnan(outcomes)).any(1).sum()), "p_of_a_draw": test,
-        "prompts_needed": needed, **measured, "warnings": warnings,
-    }  # fmt: skip
+    found = outcomes.rate(won, longer, margin=margin, seed=seed)
+    return found | verdicts.measured() | {"warnings": [*verdicts.warnings(), *found["warnings"]]}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
+
+from . import statistics
+from .statistics import Interval
 
 Ids = Sequence[int]
 
@@ -19,6 +23,13 @@ def perplexity(log_probs: Sequence[Tensor]) -> float:
     tokens = sum(map(len, log_probs))
     surprise = -sum(float(answer.double().sum()) for answer in log_probs) / tokens
     return math.exp(surprise) if surprise < 700 else math.inf
+
+
+def perplexity_interval(log_probs: Sequence[Tensor], *, seed: int = 0) -> Interval:
+    """The perplexity, with its interval over the answers."""
+    surprise = statistics.ratio(np.array([-float(own.double().sum()) for own in log_probs]), np.array(list(map(len, log_probs))), seed=seed)
+    ends = (None if end is None else math.exp(end) if end < 700 else math.inf for end in (surprise.low, surprise.high))
+    return Interval(perplexity(log_probs), *ends)
 
 
 def kl_per_answer(policy: Sequence[Tensor], reference: Sequence[Tensor]) -> np.ndarray:
@@ -37,6 +48,30 @@ def distinct(answers: Sequence[Ids], n: int = 2) -> float | None:
     """
     grams = [gram for answer in answers for gram in _ngrams(answer, n)]
     return len(set(grams)) / len(grams) if grams else None
+
+
+def distinct_interval(answers: Sequence[Sequence[Ids]], n: int = 2) -> Interval | None:
+    """`distinct` over all answers to all prompts, with its interval over prompts; an entry is a prompt's answers."""
+    value = distinct([answer for own in answers for answer in own], n)
+    if value is None:
+        return None
+    per_prompt = [Counter(gram for answer in own for gram in _ngrams(answer, n)) for own in answers]
+    counts = sum(per_prompt, Counter())
+    total, different = counts.total(), len(counts)
+    without = [
+        (different - sum(counts[gram] == times for gram, times in own.items())) / (total - own.total())
+        for own in per_prompt
+        if own.total() < total
+    ]
+    return statistics.jackknife(value, np.array(without))
+
+
+def repeated_interval(answers: Sequence[Sequence[Ids]], n: int = 3, *, seed: int = 0) -> Interval | None:
+    """`repeated`, with its interval over prompts; an entry is a prompt's answers."""
+    grams = [[_ngrams(answer, n) for answer in own] for own in answers]
+    total = np.array([sum(map(len, own)) for own in grams])
+    new = np.array([sum(len(set(answer)) for answer in own) for own in grams])
+    return statistics.ratio(total - new, total, seed=seed) if total.any() else None
 
 
 def repeated(answers: Sequence[Ids], n: int = 3) -> float | None:

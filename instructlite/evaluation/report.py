@@ -13,7 +13,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ HOW = """
 """.strip()
 
 
+FORMAT = 2
+
+
 @dataclass
 class Report:
     """The result of `evaluate`. `print` it for the tables, `save` it for report.md and report.json.
@@ -67,12 +70,15 @@ class Report:
     headline: list[str] | None
     """[a, b]: the pair that the first words are about."""
     candidates: list[Row]
-    """name, base, adapter (sha256; None: the base alone), mean_reward…, kl, kl_standard_error, perplexity, and the sampled `texts`."""
+    """name, base, adapter (sha256; None: none), kind ("base", "few-shot", "context", "adapter", "best-of-n", "merged"), n and analytic_kl
+    (of best-of-n), stage ("sft", "dpo", "ppo"), mean_reward…, kl, kl_standard_error, perplexity, and the sampled `texts`."""
     judges: list[Row]
-    """name, adapter, accuracy… on held-out pairs and that of preferring the longer answer (`longer_wins`), names of the candidates it
-    `trained`, and of those that another reward model did (`not_trained`)."""
+    """name, kind ("reward", "ensemble", "language model", "people"), adapter, accuracy… on held-out pairs and that of preferring the
+    longer answer (`longer_wins`), names of the candidates it `trained`, and of those that another reward model did (`not_trained`).
+    Of language models also position_bias…, same_in_both_orders, missing, warnings."""
     win_rates: list[Row]
-    """a, b, judge, decoding, rate, low, high, prompts, gain… (mean reward of a less that of b)."""
+    """a, b, judge, decoding (b_decoding, where b's is another), rate, low, high, prompts, gain… (mean reward of a less that of b),
+    length_controlled…, p_of_a_draw, prompts_needed, warnings."""
     rewards: list[Row]
     """candidate, judge, decoding, mean_reward…"""
     texts: list[Row]
@@ -80,17 +86,30 @@ class Report:
     sharpening: Row | None
     """share… of a's gain over b at the sampling temperature that b reaches by greedy decoding alone."""
     samples: list[Row]
-    """prompt and sample (numbers), why ("loss" or "first"): the answers that report.md shows."""
+    """prompt and sample (numbers), why ("loss" or "first"): the answers that the pages show."""
     seconds: dict[str, float]
     """By phase."""
     training: list[Row]
     """Of candidates that PPO trained: candidate, cycles, curves by metric, and the health checks' warnings."""
     answers: list[Row]
     """Each prompt with all answers and their scores: answers.jsonl."""
+    strengths: list[Row] | None = None
+    """judge, decoding, candidate, strength, low, high: Bradley-Terry log-odds, strongest first; None where not all are connected."""
+    agreement: Row | None = None
+    """judges (names), alpha…: Krippendorff's."""
+    ratings: list[Row] = field(default_factory=list)
+    """candidate, judge, scale ("pointwise", "likert", "…_reference"), decoding, rating…, missing."""
+    side_effects: list[Row] = field(default_factory=list)
+    """candidate, decoding, set (of prompts), category (a use case, None: all), measure, unit, better ("higher", "lower", None),
+    value…, n."""
+    benchmarks: list[Row] = field(default_factory=list)
+    """candidate, task, metric, value, standard_error, n, how."""
+    costs: list[Row] = field(default_factory=list)
+    """candidate, stage, seconds, peak_rss_mb, tokens."""
 
     def to_dict(self) -> Row:
         """What report.json holds: everything but the answers; numbers that are not finite are None."""
-        return {"format": 1} | {f.name: _finite(getattr(self, f.name)) for f in fields(self) if f.name != "answers"}
+        return {"format": FORMAT} | {f.name: _finite(getattr(self, f.name)) for f in fields(self) if f.name != "answers"}
 
     def save(self, directory: str | Path) -> None:
         """Write report.md, report.json and answers.jsonl (all answers with their scores, a prompt a line)."""
@@ -110,7 +129,9 @@ class Report:
         except (OSError, ValueError) as error:
             raise InstructLiteError(f"{path}: not a report ({error}); instructlite evaluate writes one") from error
         names = {f.name for f in fields(cls)} - {"answers"}
-        if not isinstance(content, dict) or content.pop("format", None) != 1 or set(content) != names:
+        optional = {f.name for f in fields(cls) if not (f.default is MISSING and f.default_factory is MISSING)}
+        known = isinstance(content, dict) and content.pop("format", None) in (1, FORMAT) and names - optional <= set(content) <= names
+        if not known:
             raise InstructLiteError(f"{path}: not a report of this version; write it anew with instructlite evaluate")
         return cls(**content, answers=[])
 
@@ -225,7 +246,8 @@ class Report:
             key = {"candidate": text["candidate"], "decoding": text["decoding"]}
             rewards = [_find(self.rewards, judge=judge["name"], **key) for judge in self.judges]
             shape = [_number(text["length"], 1), *(_number(text[name], 3) for name in ("ended", "distinct_2", "repeated_trigrams"))]
-            rows.append([text["candidate"], self._decoding(text["decoding"]), *(_bracket(row, "mean_reward") for row in rewards), *shape])
+            numbers = [_bracket(row, "mean_reward") if row else "–" for row in rewards]
+            rows.append([text["candidate"], self._decoding(text["decoding"]), *numbers, *shape])
         return [*header, "length", "ended", "distinct-2", "repeated trigrams"], rows
 
     def __str__(self) -> str:
@@ -281,7 +303,7 @@ class Report:
     def _provenance(self) -> str:
         rows = [["base", self.base["id"], self.base["fingerprint"]]]
         rows += [["candidate", row["name"], row["adapter"]] for row in self.candidates if row["adapter"]]
-        rows += [["judge", row["name"], row["adapter"]] for row in self.judges]
+        rows += [["judge", row["name"], row["adapter"] or ""] for row in self.judges]
         settings = "; ".join(f"{name}: {value}" for name, value in {**self.base, **self.settings}.items() if value is not None)
         seconds = "; ".join(f"{name}: {value:.1f}" for name, value in self.seconds.items())
         return f"{markdown_table(['', 'name', 'sha256'], rows)}\n\n{escape(settings)}\n\nSeconds: {escape(seconds)}"

@@ -18,7 +18,7 @@ stats = require("scipy.stats", "eval")
 special = require("scipy.special", "eval")
 
 RESAMPLES = 10_000
-LOGISTIC_RESAMPLES, STRENGTH_RESAMPLES, AGREEMENT_RESAMPLES = 2_000, 2_000, 500  # each is a fit
+LOGISTIC_RESAMPLES, STRENGTH_RESAMPLES, AGREEMENT_RESAMPLES = 1_000, 2_000, 500  # each is a fit
 _AT_ONCE = 500  # resamples in memory together
 
 
@@ -126,15 +126,17 @@ def bradley_terry(
     return [Interval(*map(float, row)) for row in zip(value, *ends, strict=True)]
 
 
-def agreement(ratings: np.ndarray, *, level: str = "ordinal", seed: int = 0) -> Interval | None:
+def agreement(ratings: np.ndarray, *, level: str = "ordinal", clusters: np.ndarray | None = None, seed: int = 0) -> Interval | None:
     """Krippendorff's alpha between raters (rows) over items (columns), NaN where one said nothing; items are resampled.
 
-    1 is full agreement, 0 what chance gives, below 0 worse. level: nominal, ordinal, interval. None where all ratings are
-    alike or no item has two: there is nothing to disagree about.
+    1 is full agreement, 0 what chance gives, below 0 worse. level: nominal, ordinal, interval. clusters: the prompt of each item,
+    resampled whole. None where all ratings are alike or no item has two: there is nothing to disagree about.
     """
     library = require("krippendorff", "eval")
     ratings = np.asarray(ratings, dtype=float)
-    ratings = ratings[:, (~np.isnan(ratings)).sum(0) > 1]
+    several = (~np.isnan(ratings)).sum(0) > 1
+    ratings = ratings[:, several]
+    _, cluster = np.unique(np.arange(len(several))[several] if clusters is None else np.asarray(clusters)[several], return_inverse=True)
     values = np.unique(ratings[~np.isnan(ratings)])
     if len(values) < 2:
         return None
@@ -145,11 +147,12 @@ def agreement(ratings: np.ndarray, *, level: str = "ordinal", seed: int = 0) -> 
         several = len(np.unique(found[~np.isnan(found)])) > 1
         return library.alpha(found, value_domain=values, level_of_measurement=level) if several else np.nan
 
-    items = ratings.shape[1]
+    items = [np.flatnonzero(cluster == number) for number in range(cluster.max() + 1)]
     draw = np.random.default_rng(seed)
-    drawn = [alpha(draw.integers(items, size=items)) for _ in range(AGREEMENT_RESAMPLES)]
-    low, high = np.nanquantile(drawn, [0.025, 0.975]) if items > 1 else (None, None)
-    return Interval(float(alpha(np.arange(items))), *(None if end is None else float(end) for end in (low, high)))
+    resamples = draw.integers(len(items), size=(AGREEMENT_RESAMPLES, len(items)))
+    drawn = [alpha(np.concatenate([items[i] for i in chosen])) for chosen in resamples]
+    low, high = np.nanquantile(drawn, [0.025, 0.975]) if len(items) > 1 else (None, None)
+    return Interval(float(alpha(np.arange(ratings.shape[1]))), *(None if end is None else float(end) for end in (low, high)))
 
 
 def paired_test(a: np.ndarray, b: np.ndarray, *, seed: int = 0) -> float:
@@ -185,6 +188,29 @@ def share_of_gain(start: np.ndarray, part: np.ndarray, end: np.ndarray, *, seed:
         return (p.mean(axis) - s.mean(axis)) / (e.mean(axis) - s.mean(axis))
 
     return _bootstrap(tuple(np.asarray(x, dtype=float).mean(1) for x in (start, part, end)), share, seed)
+
+
+def ratio(numerators: np.ndarray, denominators: np.ndarray, *, seed: int = 0) -> Interval:
+    """Sum over sum, each (prompts,): per token, say, of answers of unlike length. Prompts with nothing below the line are left out.
+
+    Raises ValueError if nothing is left.
+    """
+    above, below = (np.asarray(x, dtype=float)[np.asarray(denominators) > 0] for x in (numerators, denominators))
+    if not len(below):
+        raise ValueError("the denominators are all 0")
+    return _bootstrap((above, below), lambda a, b, axis=-1: a.sum(axis) / b.sum(axis), seed)
+
+
+def jackknife(value: float, without: np.ndarray) -> Interval:
+    """An estimate with its interval from the estimates (prompts,) without each prompt in turn (Tukey 1958).
+
+    For numbers that resampling would change by itself, such as how many words are different: a prompt drawn twice adds none.
+    """
+    n = len(without)
+    if n < 2:
+        return Interval(value)
+    error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
+    return Interval(value, *(float(value + sign * stats.t.ppf(0.975, n - 1) * error) for sign in (-1, 1)))
 
 
 def proportion(successes: int, trials: int) -> Interval:
@@ -244,12 +270,14 @@ def _means_of_known(values: np.ndarray) -> np.ndarray:
 
 def _logistic(design: np.ndarray, won: np.ndarray, weights: np.ndarray, ridge: float = 0.1) -> np.ndarray:
     """Logistic regression of `won` in [0, 1] on (rows, features), once for each row of weights: coefficients (fits, features)."""
-    penalty = ridge * np.eye(design.shape[1])
-    coefficients = np.zeros((len(weights), design.shape[1]))
+    features = design.shape[1]
+    penalty = ridge * np.eye(features)
+    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
+    coefficients = np.zeros((len(weights), features))
     for _ in range(50):
         expected = special.expit(coefficients @ design.T)
         gradient = (weights * (won - expected)) @ design - coefficients @ penalty
-        curvature = np.einsum("rn,ni,nj->rij", weights * expected * (1 - expected), design, design, optimize=True) + penalty
+        curvature = ((weights * expected * (1 - expected)) @ products).reshape(-1, features, features) + penalty
         step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
         coefficients += np.clip(step, -2, 2)  # far from the solution Newton's steps overshoot
         if np.abs(step).max() < 1e-6:

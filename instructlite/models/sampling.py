@@ -6,6 +6,7 @@ would make the sampled distribution differ from the one PPO scores. Log-probabil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..errors import InstructLiteError
 from . import memory
 from .logprobs import token_log_probs
 from .roles import RoleModel
@@ -38,6 +40,18 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        # "not (…)" refuses NaN, too
+        for name, value, fits, expected in (
+            ("max_new_tokens", self.max_new_tokens, lambda n: n >= 1, "a whole number from 1"),
+            ("temperature", self.temperature, lambda t: 0 <= t < math.inf, "a number from 0 (greedy)"),
+            ("top_k", self.top_k, lambda k: k >= 0, "a whole number from 0 (all tokens)"),
+            ("top_p", self.top_p, lambda p: 0 < p <= 1, "a number above 0, at most 1"),
+        ):
+            kind = int if name in ("max_new_tokens", "top_k") else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+                raise InstructLiteError(f"{name}={str(value)[:40]}: expected {expected}")
+
 
 def generate(
     model: RoleModel,
@@ -46,14 +60,17 @@ def generate(
     sampling: Sampling,
     *,
     stop_ids: list[int] | None = None,
-    seed: int = 0,
+    seed: int | list[int] = 0,
     batch_size: int = 32,
     progress: Progress | None = None,
+    keep: Callable[[list[int], list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """One answer a prompt, as token ids up to and including the first stop token (or `max_new_tokens` of them).
 
     roles: one for all, or one a prompt (None = the base alone), then answered in mixed batches. The random state of the
-    caller is left untouched; the same seed gives the same answers for the same batches.
+    caller is left untouched; the same seed gives the same answers for the same batches. One seed a prompt gives each answer
+    random numbers of its own, so that what is drawn beside it changes nothing but rounding. keep: called after each batch, with
+    the numbers of its prompts and their answers.
     """
     stop_ids = stop_ids or model.base.stop_ids
     per_row = roles if isinstance(roles, list) else [roles] * len(prompts)
@@ -61,14 +78,17 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _ready_to_generate(model), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed if isinstance(seed, int) else 0)
         for rows in _batches(order, batch_size):
             ids, attention = left_pad([prompts[i] for i in rows], model.base.pad_id, model.device)
+            points = None if isinstance(seed, int) else _points([seed[i] for i in rows], sampling, model.device)
             output = _generate_batch(
-                model, ids, attention, [per_row[i] for i in rows], _config(model, sampling, stop_ids), _drawn(sampling)
+                model, ids, attention, [per_row[i] for i in rows], _config(model, sampling, stop_ids), _drawn(sampling, points)
             )
             for i, row in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
                 answers[i] = until_stop(row, stop_ids)
+            if keep:
+                keep(rows, [answers[i] for i in rows])
             if progress:
                 progress(len(rows))
     return answers
@@ -95,32 +115,64 @@ def _config(model: RoleModel, sampling: Sampling, stop_ids: list[int]) -> Genera
     )  # fmt: skip
 
 
-def _drawn(sampling: Sampling) -> LogitsProcessorList:
+def _points(seeds: list[int], sampling: Sampling, device: torch.device) -> Tensor:
+    """(batch, max_new_tokens) random numbers of each row's own."""
+    drawn = [torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(drawn).to(device)
+
+
+def _drawn(sampling: Sampling, points: Tensor | None = None) -> LogitsProcessorList:
     """What turns a greedy search into sampling: transformers' own filters, then the draw. Empty for greedy answers."""
-    if sampling.temperature == 0:
-        return LogitsProcessorList()
+    return LogitsProcessorList([*_filters(sampling), Draw(points)] if sampling.temperature else [])
+
+
+def _filters(sampling: Sampling) -> LogitsProcessorList:
     filters: list[LogitsProcessor] = []
     if sampling.temperature != 1:
-        filters.append(TemperatureLogitsWarper(sampling.temperature))
+        filters.append(TemperatureLogitsWarper(float(sampling.temperature)))  # it refuses whole numbers
     if sampling.top_k:
         filters.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         filters.append(TopPLogitsWarper(sampling.top_p))
-    return LogitsProcessorList([*filters, Draw()])
+    return LogitsProcessorList(filters)
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token of each row, drawn from softmax(scores) by inverting its distribution function.
+    """Leaves one token of each row, drawn from softmax(scores)."""
+
+    def __init__(self, points: Tensor | None = None):
+        """points: the random numbers (batch, tokens); None draws them when they are wanted, with the random state of the thread."""
+        self.points, self.drawn = points, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.points is None:
+            points = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        else:
+            points = self.points[:, self.drawn, None]
+            self.drawn += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_at(points, scores), 0.0)
+
+
+def drawn_at(points: Tensor, scores: Tensor) -> Tensor:
+    """Tokens (rows, 1) where the distribution functions of softmax(scores) pass `points`, fp64 (rows, 1) in [0, 1).
 
     One random number a row; `torch.multinomial`, which sampling in transformers uses, makes one for each token of the
     vocabulary: a tenth of the time of generation on a CPU when measured. Sums are in fp64, or rare tokens would be lost.
     """
+    cumulative = torch.softmax(scores.float(), -1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)  # right: never a token of probability 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulative = torch.softmax(scores.float(), -1).cumsum(-1, dtype=torch.float64)
-        point = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, point, right=True)  # right: never a token of probability 0
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+def next_tokens(scores: Tensor, samplings: list[Sampling], generators: list[torch.Generator]) -> list[int]:
+    """One token for each row of fp32 scores (rows, vocabulary), each drawn in its own way with one number of its own CPU generator."""
+    tokens = scores.argmax(-1)
+    for sampling in dict.fromkeys(samplings):
+        if sampling.temperature == 0:
+            continue
+        rows = [i for i, other in enumerate(samplings) if other == sampling]
+        points = torch.stack([torch.rand(1, dtype=torch.float64, generator=generators[i]) for i in rows])
+        tokens[rows] = drawn_at(points.to(scores.device), _filters(sampling)(None, scores[rows]))[:, 0]
+    return tokens.tolist()
 
 
 @contextmanager
@@ -172,6 +224,15 @@ def score(
     for rows, number, hidden, _ in _forward(model, roles, sequences, batch_size, progress):
         scores[number, rows] = model.scores(roles[number], hidden[:, -1]).cpu()
     return scores
+
+
+@torch.no_grad()
+def last_states(model: RoleModel, role: str | None, sequences: list[Sequence], *, batch_size: int = 32) -> Tensor:
+    """The last layer's hidden state at the last token: fp32 (sequences, hidden) on the CPU."""
+    states = torch.empty(len(sequences), model.base.model.config.get_text_config().hidden_size)
+    for rows, _, hidden, _ in _forward(model, [role], sequences, batch_size, None):
+        states[rows] = hidden[:, -1].float().cpu()
+    return states
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..config import EMBEDDED, EMBEDDED_HUB_ID
+from ..config import EMBEDDED, EMBEDDED_HUB_ID, vllm_rank
 from ..evaluation.report import Report, escape, markdown_table, training_section
 from ..models.manifest import ADAPTER_CONFIG, Adapter
 from .contents import RECIPE, RUN, Contents
@@ -20,6 +20,7 @@ STARTER = {"demonstrations": ["databricks/databricks-dolly-15k", "Anthropic/hh-r
 WHAT = {
     "sft": "supervised fine-tuning on demonstrations",
     "reward": "a reward model: one score for a prompt with an answer",
+    "dpo": "DPO on comparisons, with the SFT adapter as the reference",
     "ppo": "PPO against a reward model, with a KL penalty to the SFT adapter",
 }
 
@@ -112,7 +113,6 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
         ]
         bias = root.manifest.score_bias
         return [*parts, *([f"Add {bias} to its scores: then demonstrations score 0 on average."] if bias else [])]
-    rank = contents.json(ADAPTER_CONFIG)["r"]
     policies = {folder: adapter.sha256 for folder, adapter in contents.adapters.items() if adapter.role == "policy"}
     folder = next((folder for folder, sha256 in policies.items() if sha256 != root.sha256), None)
     # Not through AutoPeftModel: it would look for the base in a folder of that name, too (peft 0.21).
@@ -131,9 +131,8 @@ prompt = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 """),
         *([f"Another stage: `{other}`."] if folder else []),
-        "With transformers alone (and peft installed): `AutoModelForCausalLM.from_pretrained"
-        f'("{repo_id}")`. Served by vLLM (a line from its documentation, not run here):',
-        f"```bash\nvllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {repo_id.rpartition('/')[2]}={repo_id}\n```",
+        f'With transformers alone (and peft installed): `AutoModelForCausalLM.from_pretrained("{repo_id}")`.',
+        *_serving(contents, repo_id),
     ]
     if root.base_id == EMBEDDED and base == EMBEDDED_HUB_ID:
         parts.append(
@@ -141,6 +140,18 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
             "one on the Hub: answers can differ a little."
         )
     return parts
+
+
+def _serving(contents: Contents, repo_id: str) -> list[str]:
+    """Where it can: vLLM takes plain LoRA up to a rank, and reads the chat template of the base unless told."""
+    config, name = contents.json(ADAPTER_CONFIG), repo_id.rpartition("/")[2]
+    rank = vllm_rank(config["r"])
+    if rank is None or config.get("use_dora") or config.get("modules_to_save"):
+        return ["vLLM does not serve this adapter as it is; `instructlite merge` makes one model of it and its base."]
+    template = " --chat-template chat_template.jinja" if "chat_template.jinja" in contents.files else ""
+    lines = [f"vllm serve {contents.base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo_id}{template}"]
+    lines += [f"hf download {repo_id} chat_template.jinja --local-dir ."] if template else []
+    return ["Served by vLLM (from its documentation, not run here):", "```bash\n" + "\n".join(reversed(lines)) + "\n```"]
 
 
 def _folders(contents: Contents) -> list[str]:

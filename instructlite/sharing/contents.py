@@ -23,7 +23,7 @@ from ..errors import InstructLiteError
 from ..models.manifest import ADAPTER_CONFIG, Adapter, Manifest, is_adapter, sha256_file
 from ..models.manifest import NAME as MANIFEST
 
-ROLES = ("ppo", "sft", "reward", "judge")
+ROLES = ("ppo", "dpo", "sft", "reward", "judge")
 """Folders of a run's repository. The first that is there stands at the root, too."""
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER = {

@@ -23,7 +23,7 @@ from ..errors import InstructLiteError
 from ..evaluation.report import Report, escape
 from ..models.manifest import Adapter
 from .card import model_card
-from .contents import CARD, OWN, REPORT, ROLES, Contents, gather, redacted, scan
+from .contents import CARD, OWN, REPORT, ROLES, RUN, Contents, gather, redacted, scan
 
 TRIES, LONGEST_WAIT = 5, 60.0
 first_wait = 1.0  # seconds; doubled after each try
@@ -53,6 +53,8 @@ class Push:
     """None: it was a dry run."""
     changed: bool = False
     """Whether the commit is a new one."""
+    collection: str | None = None
+    """URL of the one it is in now."""
 
     @property
     def total(self) -> int:
@@ -73,6 +75,7 @@ def push_to_hub(
     report: Report | str | os.PathLike | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    collection: str | None = None,
     dry_run: bool = False,
 ) -> Push:
     """Push an adapter, or a run directory with all of its adapters, to `repo_id` ("user/name").
@@ -80,7 +83,8 @@ def push_to_hub(
     A run becomes one repository with sft/, reward/, ppo/ and judge/, and the policy at the root. private: False publishes; a repository
     that is public already is refused while this is True. report: what `evaluate` gave or its directory; None: the run's own, if it is about
     these adapters. base_model: where others find the base, if it is a directory here. license: of the adapters, as the Hub writes it
-    ("apache-2.0"). dry_run: nothing is sent, no network is needed.
+    ("apache-2.0"). collection: title of one of the owner's collections, made if there is none, that gets the repository, as it may those of
+    the other stages. dry_run: nothing is sent, no network is needed.
 
     Raises InstructLiteError, before anything is sent, for what cannot go out (a secret, a path of this machine, a damaged adapter), and
     HubError if the Hub refuses or is not to be reached after several tries.
@@ -97,7 +101,10 @@ def push_to_hub(
     contents.files[CARD] = card.encode()
     scan(contents.files, contents.directory)
     push = Push(repo_id, private, contents.sizes, card, contents.notes)
-    return push if dry_run else _send(push, contents)
+    if dry_run:
+        return push
+    push = _send(push, contents)
+    return push if collection is None else _collected(push, collection, contents)
 
 
 def _with_report(contents: Contents, given: Report | str | os.PathLike | None) -> Report | None:
@@ -155,6 +162,15 @@ def _send(push: Push, contents: Contents) -> Push:
 
     oid = _patiently(push, commit)
     return Push(**{**vars(push), "url": f"{api.endpoint}/{push.repo_id}", "commit": oid, "changed": oid != info.sha})
+
+
+def _collected(push: Push, title: str, contents: Contents) -> Push:
+    """Put the repository into a collection, once."""
+    api, owner = HfApi(library_name="instructlite"), push.repo_id.partition("/")[0]
+    found = _patiently(push, lambda: api.create_collection(title, namespace=owner, private=push.private, exists_ok=True))
+    note = f"{contents.json(RUN).get('recipe', contents.adapters[''].role)}, LoRA of {contents.base}"
+    _patiently(push, lambda: api.add_collection_item(found.slug, push.repo_id, "model", note=note, exists_ok=True))
+    return Push(**{**vars(push), "collection": found.url})
 
 
 def _is_ours(name: str) -> bool:

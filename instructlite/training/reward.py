@@ -66,8 +66,8 @@ from .work import (
     write_text,
 )
 
-STARTS = ("policy", "reward")  # roles of adapters that a reward model may start from
 POLICY_SAMPLES = "policy_samples.jsonl"
+STARTS = ("policy", "reward")  # roles of adapters that a reward model may start from
 BIAS_SAMPLE = 256  # demonstrations scored for the bias; its standard error is then 1/16 of their spread
 
 

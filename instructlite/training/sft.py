@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from trl import SFTConfig
 
-from ..config import SFTOptions
+from ..config import Lora, SFTOptions
 from ..errors import InstructLiteError
 from ..models.base import Base, base_of, lora_config
 from ..models.manifest import Adapter, verify
@@ -51,7 +51,7 @@ class SFTRecipe(Recipe, SFTOptions):
         eval_rows = None if held_out is None else completions(base, held_out, config.max_length, run, "eval_")
         parents = {"sft": parent.sha256} if parent else {}
         checkpoint = run.begin(base, config, parents)
-        model = self._model(base, parent)
+        model = policy_model(base, parent, self.lora)
         with full_precision(model), without_dataset_bars():
             trainer = SFTTrainer(model=model, args=config, train_dataset=rows, eval_dataset=eval_rows, processing_class=base.tokenizer)
         run.watch(trainer)
@@ -65,11 +65,13 @@ class SFTRecipe(Recipe, SFTOptions):
                 run.metrics |= held_out_metrics(trainer)
         save_adapter(model, base, run.directory, role="policy", parents=parents)
 
-    def _model(self, base: Base, parent: Adapter | None) -> PeftModel:
-        if parent is None:
-            return get_peft_model(base.model, lora_config(self.lora, base.model, "CAUSAL_LM"))
-        verify(parent, base)
-        return PeftModel.from_pretrained(base.model, str(parent.path), is_trainable=True)
+
+def policy_model(base: Base, parent: Adapter | None, lora: Lora) -> PeftModel:
+    """A policy to be trained: the parent's adapter, or a fresh one."""
+    if parent is None:
+        return get_peft_model(base.model, lora_config(lora, base.model, "CAUSAL_LM"))
+    verify(parent, base)
+    return PeftModel.from_pretrained(base.model, str(parent.path), is_trainable=True)
 
 
 def completions(base: Base, records: list[dict], max_length: int | None, run: Run, prefix: str = "") -> Dataset:

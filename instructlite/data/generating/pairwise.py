@@ -7,8 +7,8 @@ and how often the place alone decided is measured and reported (Zheng et al. 202
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from statistics import NormalDist
 from typing import Any
 
@@ -52,6 +52,16 @@ class Verdicts:
             None if x is None or y is None else 1.0 if (x, y) == (1, 0) else 0.0 if (x, y) == (0, 1) else 0.5
             for x, y in zip(self.first_order, self.second_order, strict=True)
         ]
+
+    def part(self, rows: Iterable[int]) -> "Verdicts":
+        """Those on some of the pairs."""
+        numbers = list(rows)
+        return Verdicts(*([getattr(self, part.name)[i] for i in numbers] for part in fields(self)))
+
+    @classmethod
+    def together(cls, parts: Iterable["Verdicts"]) -> "Verdicts":
+        listed = list(parts)
+        return cls(*([value for part in listed for value in getattr(part, column.name)] for column in fields(cls)))
 
     def measured(self) -> dict[str, Any]:
         """Counts over the pairs that were judged in both orders.

@@ -67,13 +67,16 @@ def language(wanted: Sequence[str]) -> Callable[[Sample, StepCount], str | None]
     return judge
 
 
-def toxicity(scorer: str | Scorer, threshold: float) -> Judge:
-    """scorer: texts -> probabilities of being toxic, or "module:function", or "profanity" for alt-profanity-check. The best answer is
-    scored; of prompts and texts, they themselves."""
+def toxicity_scorer(scorer: str | Scorer) -> Scorer:
+    """texts -> probabilities of being toxic: that function itself, or "module:function", or "profanity" for alt-profanity-check."""
     if scorer == "profanity":
-        score = require("profanity_check", "toxicity").predict_prob
-    else:
-        score = named_function("toxicity", scorer) if isinstance(scorer, str) else scorer
+        return require("profanity_check", "toxicity").predict_prob
+    return named_function("toxicity", scorer) if isinstance(scorer, str) else scorer
+
+
+def toxicity(scorer: str | Scorer, threshold: float) -> Judge:
+    """scorer: see `toxicity_scorer`. The best answer is scored; of prompts and texts, they themselves."""
+    score = toxicity_scorer(scorer)
 
     def judge(samples: list[Sample], count: StepCount) -> list[str | None]:
         scores = list(score([sample.best or sample.prompt for sample in samples])) if samples else []

@@ -51,8 +51,13 @@ def _has_residue(sample: Sample) -> bool:
     return any(_RESIDUE_HINT.search(text) and _RESIDUE.search(text) for text in texts)
 
 
+def refuses(answer: str) -> bool:
+    """It opens with words that decline to answer; English only."""
+    return bool(_REFUSAL.search(answer.replace("’", "'"), 0, 200))
+
+
 def _refuses(sample: Sample) -> bool:
-    return sample.best is not None and bool(_REFUSAL.search(sample.best.replace("’", "'"), 0, 200))
+    return sample.best is not None and refuses(sample.best)
 
 
 def _breaks_off(sample: Sample) -> bool:
