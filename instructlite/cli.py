@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import benchmarking, data, evaluating, planning, pushing, running, votes
+from .commands import benchmarking, data, evaluating, planning, pushing, rounds, running, serving, showing, votes
 from .errors import BadRecords, InstructLiteError
 from .training.interrupt import Interruption
 from .training.work import is_main_process, launched
@@ -26,10 +26,14 @@ app.command()(running.run)
 app.command("recipes")(running.show_recipes)
 app.add_typer(data.app, name="data")
 app.add_typer(votes.app, name="votes")
+app.command("round")(rounds.round_of)
 app.command()(evaluating.evaluate)
 app.command()(benchmarking.benchmark)
 app.command()(planning.plan)
+app.command()(showing.app)
 app.command()(pushing.push)
+app.command()(serving.serve)
+app.command()(serving.merge)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     given = [argument for argument in arguments if argument != "--debug"]
     try:
-        with Interruption(_again(given)) if given[:1] in (["run"], ["demo"], ["evaluate"]) else nullcontext():
+        with Interruption(_again(given)) if given[:1] in (["run"], ["demo"], ["evaluate"], ["round"]) else nullcontext():
             app(args=given, prog_name="instructlite")
     except InstructLiteError as error:
         if "--debug" in arguments:
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _again(given: list[str]) -> str:
     """The command that goes on with what this one began."""
-    command = shlex.join(["instructlite", *given, *([] if given[0] == "evaluate" or "--resume" in given else ["--resume"])])
+    command = shlex.join(["instructlite", *given, *([] if given[0] in ("evaluate", "round") or "--resume" in given else ["--resume"])])
     return f"accelerate launch ... -m {command}" if launched() else command
 
 

@@ -52,6 +52,11 @@ class Lora:
             raise InstructLiteError(f"lora.r and lora.top_layers must be at least 1, not {self.r} and {self.top_layers}")
 
 
+def vllm_rank(rank: int) -> int | None:
+    """The least `max_lora_rank` of vLLM that holds an adapter of this rank; None: it serves none as large."""
+    return next((served for served in (8, 16, 32, 64, 128, 256, 320, 512) if served >= rank), None)
+
+
 @dataclass(kw_only=True)
 class BaseOptions:
     """How the base model is loaded. Where `model` is an adapter, its manifest answers what is not given here."""
@@ -90,7 +95,7 @@ class RewardOptions(BaseOptions):
     """A scalar reward model from comparisons and rankings."""
 
     model: Any
-    """The SFT adapter to start from (InstructGPT), or a base model."""
+    """The SFT adapter to start from (InstructGPT), a reward adapter to go on from, or a base model."""
     data: Any
     """Comparisons, rankings, or both."""
     eval_data: Any = None
@@ -140,11 +145,13 @@ class PPOOptions(BaseOptions):
     """PPO against a reward model, with a KL penalty to the policy it starts from."""
 
     model: Any
-    """The SFT adapter that the policy starts from and is held to, or a base model."""
+    """The adapter that the policy starts from, SFT's usually, or a base model."""
     reward: Any
     """A reward adapter of the same base, or another source of reward, or several (see `rewards_of` in training/rewards.py)."""
     data: Any
     """Prompts."""
+    reference: Any = None
+    """A policy adapter of the same base that the policy is held to, where that is not the one it starts from. None: what it starts from."""
     watch_reward: Any = None
     """Another reward adapter of the same base, trained on other comparisons: scored along the run, never optimised.
     In a recipe file "judge" is the loop's own judge; it costs one more forward pass over each rollout."""
@@ -205,6 +212,40 @@ class EvaluationOptions:
 
 
 @dataclass(kw_only=True)
+class RoundOptions:
+    """A round of votes: what is asked, and how much of what is learnt from it."""
+
+    prompts: str | list[str] | None = None
+    """What answers are written to and PPO goes through; none may be among the held-out ones. None: the run's own prompts."""
+    prompt_limit: int | None = None
+    """Answers to so many of them are put up, drawn anew each round. None: to all."""
+    answers: int = 4
+    """Answers to each prompt; equal ones are put up once."""
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    batch_size: int = 32
+    votes: int | None = None
+    """The round goes on with so many new votes. None: with one for each item put up."""
+    replay: int | None = None
+    """The reward model sees so many of the old comparisons again, those of earlier rounds among them. None: all."""
+    vote_weight: int = 1
+    """The new votes stand this many times in its data."""
+    reference: Literal["sft", "last"] = "sft"
+    """What PPO is held to: the SFT adapter, or the policy that the round starts from."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.answers <= 9:
+            raise InstructLiteError(f"round.answers={self.answers}: 2 to 9 answers can be compared")
+        if self.temperature <= 0:
+            raise InstructLiteError(f"round.temperature={self.temperature}: must be above 0, or all answers to a prompt would be the same")
+        for name in ("prompt_limit", "max_new_tokens", "batch_size", "votes", "vote_weight"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise InstructLiteError(f"round.{name}={number}: must be at least 1")
+        if self.replay is not None and self.replay < 0:
+            raise InstructLiteError(f"round.replay={self.replay}: a number of comparisons, 0 for none")
+
+
+@dataclass(kw_only=True)
 class DataOptions:
     """Where the records come from and how they are split. No prompt is ever in two parts.
 
@@ -258,6 +299,8 @@ class Loop:
     chat_template: str | None = None
     revision: str | None = None
     seed: int = 0
+    report_to: str | list[str] = "none"
+    """Trackers of every stage: trackio, tensorboard (extra `track`), wandb. metrics.jsonl is written in any case."""
     lora: Lora = field(default_factory=Lora)
     data: DataOptions = field(default_factory=DataOptions)
     sft: dict[str, Any] = field(default_factory=dict)
@@ -271,6 +314,8 @@ class Loop:
     """More policies from the same SFT adapter, compared in the same report: `dpo`, or a variant such as `ppo-ptx` or `dpo-ipo`, and what
     differs from the section that its name begins with. `also.dpo=` on the command line; `also.ppo-ptx.ptx_data=starter`."""
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    round: RoundOptions = field(default_factory=RoundOptions)
+    """Of `instructlite round`; the loop itself does not look at it."""
 
     @property
     def trained(self) -> list[str]:
@@ -290,6 +335,8 @@ class Loop:
             # Started from the same random head as a reward model, it would agree with that one by this alone.
             top["seed"] = self.reward.get("seed", self.seed) + self.reward.get("ensemble", 1)
         lora = Lora(**merge(asdict(self.lora), section.get("lora", {})))
+        if self.report_to not in ("none", []):
+            section = {**section, "training": {"report_to": self.report_to, **section.get("training", {})}}
         return {**top, **section, "lora": lora}
 
     def to_dict(self) -> dict[str, Any]:
@@ -298,7 +345,7 @@ class Loop:
 
 
 SECTIONS: dict[str, type] = {"sft": SFTOptions, "reward": RewardOptions, "judge": RewardOptions, "ppo": PPOOptions, "dpo": DPOOptions}
-_WIRED = {"model", "data", "eval_data", "demonstrations", "reward"}
+_WIRED = {"model", "data", "eval_data", "demonstrations", "reward", "reference"}
 
 
 def kind_of(stage: str) -> str:

@@ -121,7 +121,10 @@ def _run_stages(loop: Loop, run: Path, only: str | None, resume: bool, call: "Ca
     # 2. SFT  3. Reward model  4. Judge  5. PPO, and other policies beside it
     for stage in loop.trained:
         if only in (None, stage):
-            done.append(_train(stage, loop, run, ledger, call, again=only is not None, resume=resume, say=say))
+            inputs = stage_inputs(stage, loop, run)
+            done.append(
+                train(stage, run / stage, inputs, loop.options(stage), ledger, call, again=only is not None, resume=resume, say=say)
+            )
     # 6. Report
     if only in (None, "report") and is_main_process():
         stage_run, report = _report(loop, run, ledger, call, again=only is not None, say=say)
@@ -278,9 +281,24 @@ def stage_inputs(stage: str, loop: Loop, run: Path) -> dict[str, Any]:
     }
 
 
-def _train(stage: str, loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: bool, resume: bool, say: Say) -> StageRun:
-    path, inputs, options = run / stage, stage_inputs(stage, loop, run), loop.options(stage)
-    made_from = _made_from(stage, inputs, {**options, "lora": asdict(options["lora"])})
+def train(
+    stage: str,
+    path: Path,
+    inputs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    ledger: "Ledger",
+    call: "Call",
+    *,
+    again: bool = False,
+    resume: bool,
+    say: Say,
+) -> StageRun:
+    """Train a stage into `path`, unless it stands there, made from the same (again: also then)."""
+    deciding = {**options, "lora": asdict(options["lora"])}
+    if training := deciding.pop("training", None):  # who is told of it changes nothing
+        training = {name: value for name, value in training.items() if name != "report_to"}
+    deciding |= {"training": training} if training else {}
+    made_from = made_of(stage, inputs, deciding)
     if not again and is_adapter(path) and ledger.has(stage, made_from):
         say(f"{stage}: kept from before, made from the same options and data ({path})")
         return ledger.stage_run(stage, path, skipped=True)
@@ -326,7 +344,7 @@ def _evaluate(run: Path, options: dict[str, Any]) -> "Report":
 
 def _report(loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: bool, say: Say) -> tuple[StageRun, "Report | None"]:
     path, inputs = run / "report", stage_inputs("report", loop, run)
-    made_from = _made_from("report", inputs, asdict(loop.evaluation))
+    made_from = made_of("report", inputs, asdict(loop.evaluation))
     if not again and (path / "report.json").is_file() and ledger.has("report", made_from):
         say(f"report: kept from before, made from the same options and adapters ({path})")
         return ledger.stage_run("report", path, skipped=True), None
@@ -339,7 +357,7 @@ def _report(loop: Loop, run: Path, ledger: "Ledger", call: "Call", *, again: boo
     return ledger.stage_run("report", path, skipped=False), report
 
 
-def _made_from(stage: str, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def made_of(stage: str, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """One hash of all that decides what a stage makes: options, content of data files, manifests of the adapters before it."""
     contents = {name: value for name, value in inputs.items() if not isinstance(value, Path)}
     for name, value in inputs.items():

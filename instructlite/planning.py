@@ -237,8 +237,9 @@ def shapes_of(model: str, revision: str | None = None) -> Shapes:
     """Of a known base, or from config.json: of a directory, the Hub's cache, or the Hub."""
     model = EMBEDDED_HUB_ID if model == EMBEDDED else model
     path = Path(model) / "config.json"
-    if model in BASES and not path.is_file():
-        return BASES[model]
+    tuned = f"{model}-Instruct"  # what a base became has its shapes
+    if not path.is_file() and (known := BASES.get(model) or BASES.get(tuned)):
+        return known
     if not path.is_file():
         path = _from_hub(model, revision)
     try:

@@ -41,6 +41,7 @@ class LoopbackHub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
         self.log: list[str] = []
         self.failures: dict[str, list[tuple[int, dict[str, str]]]] = defaultdict(list)
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -178,6 +179,28 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.answer(200, files[path], ETag=f'"{sha1(files[path])}"', **commit)
 
+    def collect(self, body: bytes) -> None:
+        if not self.may():
+            return
+        asked = json.loads(body)
+        slug = f"{asked['namespace']}/{asked['title'].lower().replace(' ', '-')}-0123456789abcdef01234567"
+        known = slug in self.server.collections
+        new = {"slug": slug, "title": asked["title"], "owner": {"name": asked["namespace"]}, "private": asked["private"], "items": [],
+               "position": 0, "theme": "green", "upvotes": 0, "lastUpdated": "2026-11-21T00:00:00.000Z"}  # fmt: skip
+        self.server.collections.setdefault(slug, new)
+        self.answer(409 if known else 200, self.server.collections[slug])
+
+    def collection(self, body: bytes, slug: str) -> None:
+        self.answer(200, self.server.collections[slug])
+
+    def add_item(self, body: bytes, slug: str) -> None:
+        asked, items = json.loads(body), self.server.collections[slug]["items"]
+        known = any(item["id"] == asked["item"]["id"] for item in items)
+        if not known:
+            note = {"text": asked["note"], "html": ""}
+            items.append({"_id": f"{len(items):024x}", "position": len(items), "note": note, **asked["item"]})
+        self.answer(409 if known else 200, self.server.collections[slug])
+
     def validate(self, body: bytes) -> None:
         self.answer(200, {"errors": [], "warnings": []})
 
@@ -191,6 +214,9 @@ NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 ROUTES = {
     r"POST /api/repos/create": Handler.create,
     r"POST /api/validate-yaml": Handler.validate,
+    r"POST /api/collections": Handler.collect,
+    r"GET /api/collections/(?P<slug>[^/]+/[^/]+)": Handler.collection,
+    r"POST /api/collections/(?P<slug>[^/]+/[^/]+)/items": Handler.add_item,
     rf"GET /api/models/{NAME}": Handler.info,
     rf"GET /api/models/{NAME}/revision/{REVISION}": Handler.info,
     rf"GET /api/models/{NAME}/tree/{REVISION}": Handler.tree,

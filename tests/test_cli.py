@@ -127,7 +127,14 @@ def test_evaluate_of_adapters_needs_prompts_a_judge_and_a_place(run_cli, monkeyp
 
     monkeypatch.setattr("instructlite.evaluation.compare.evaluate", evaluate)
     result = run_cli("evaluate", "base", "a", "--prompts", "p.jsonl", "--judge", "j", "--output", tmp_path)
-    assert given == {"candidates": ["base", "a"], "data": Path("p.jsonl"), "judge": ["j"], "output_dir": tmp_path, "ratings": []}
+    assert given == {
+        "candidates": ["base", "a"],
+        "data": Path("p.jsonl"),
+        "judge": ["j"],
+        "output_dir": tmp_path,
+        "ratings": [],
+        "side_effects": False,
+    }
     assert result.out.startswith("a table\n")
     assert "--votes are about a run, and base is none" in run_cli("evaluate", "base", "a", "--full").err
 

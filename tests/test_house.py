@@ -26,6 +26,7 @@ LAYERS = {
     "sharing": 5,
     "planning": 5,
     "pipeline": 6,
+    "rounds": 6,
     "commands": 7,
     "cli": 8,
     "__main__": 8,
@@ -189,6 +190,6 @@ def test_every_recipe_loads_and_its_training_blocks_fit_the_real_config_classes(
     for stage in SECTIONS:
         options = loop.options(stage)
         SECTIONS[stage](**options, **{"model": "m", "data": "d", **({"reward": "r"} if stage == "ppo" else {})})
-        given = options["training"]
+        given = options.get("training", {})
         config = configs[stage](output_dir=str(tmp_path), use_cpu=True, **given)
         assert {key: getattr(config, key) for key in given} == given

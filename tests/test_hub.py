@@ -27,6 +27,7 @@ from instructlite.evaluation.report import Report
 from instructlite.models.base import load_base
 from instructlite.models.manifest import Adapter, is_adapter
 from instructlite.sharing import contents, hub
+from instructlite.sharing.card import model_card
 from instructlite.sharing.hub import HubError
 
 BASE = "me/tiny-base"
@@ -99,7 +100,7 @@ def test_a_run_becomes_one_repository_in_one_commit(run, online):
     assert (
         files["adapter_model.safetensors"] == files["ppo/adapter_model.safetensors"] == (run / "ppo/adapter_model.safetensors").read_bytes()
     )
-    allowed = {"README.md", "recipe.yaml", "report/report.json", "report/report.md"}
+    allowed = {"README.md", "recipe.yaml", "report/report.json", "report/report.md", "report/report.html"}
     each = {"adapter_model.safetensors", "adapter_config.json", "instructlite.json", "run.json", "tokenizer.json", "tokenizer_config.json"}
     allowed |= {f"{folder}{name}" for folder in ("", "sft/", "reward/", "judge/", "ppo/") for name in (*each, "chat_template.jinja")}
     assert set(files) == allowed
@@ -239,6 +240,32 @@ def test_pushing_again_sends_nothing_and_makes_no_commit(run, online):
     second = push(run)
     assert not second.changed and second.commit == first.commit
     assert not commits(online) and not any(line.startswith("PUT") for line in online.log)
+
+
+def test_the_stages_are_in_one_collection_once_each(run, online):
+    for stage in ("sft", "ppo", "ppo"):
+        pushed = push_to_hub(run / stage, f"me/tiny-{stage}", base_model=BASE, collection="My loop")
+    (slug, collection), *others = online.collections.items()
+    assert not others
+    assert (collection["title"], collection["private"]) == ("My loop", True)
+    assert [item["id"] for item in collection["items"]] == ["me/tiny-sft", "me/tiny-ppo"]
+    assert [item["note"]["text"].partition(",")[0] for item in collection["items"]] == ["sft", "ppo"]
+    assert pushed.collection.endswith(slug)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "--max-lora-rank 8 --lora-modules x=me/x --chat-template"),
+        ({"r": 600}, "does not serve"),
+        ({"use_dora": True}, "does not serve"),
+    ],
+)
+def test_the_card_has_the_line_that_serves_it_where_vllm_can(run, changes, expected):
+    gathered = contents.gather(run / "ppo", BASE)
+    config = gathered.json("adapter_config.json") | changes
+    gathered.files["adapter_config.json"] = json.dumps(config).encode()
+    assert expected in model_card(gathered, "me/x", None, None)
 
 
 def test_what_a_new_push_lacks_is_deleted_and_what_others_put_there_is_not(run, online):

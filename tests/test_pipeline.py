@@ -185,6 +185,12 @@ def stood_in(files, tmp_path, monkeypatch):
 ALL = ["sft", "reward", "judge", "ppo", "report"]
 
 
+def test_another_tracker_is_no_reason_to_train_again(stood_in):
+    stood_in.go()
+    assert stood_in.go("report_to=tensorboard")[1] == []
+    assert stood_in.go("report_to=tensorboard", "sft.training.learning_rate=1")[1][0] == "sft"
+
+
 def test_stages_run_in_order_each_on_what_came_before(stood_in):
     result, ran = stood_in.go()
     run, given = stood_in.run, dict(stood_in.calls)

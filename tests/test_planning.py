@@ -1,6 +1,7 @@
 """The plan's arithmetic against real modules, autograd and recorded peaks; what it advises makes things fit; it loads no torch."""
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -281,6 +282,21 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_utime < 2
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "fits" in done.stdout and "meta-llama/Llama-3.1-70B-Instruct" in done.stdout
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_headers_and_table_of_the_recipes_say_what_is_planned(name):
+    """Where the tokenizer is here, rows are counted by it and not by their characters: hence the tolerance."""
+    planned = plan(load_loop(name, complete=False), card("80GB"))
+    header = re.search(r"^# Planned peaks on a GPU.* --gpu (\d+)GB\): (.*)\.$", recipes()[name].read_text(encoding="utf-8"), re.MULTILINE)
+    said = {stage: float(peak) for stage, peak in (part.split() for part in header[2].split(", "))}
+    assert said == pytest.approx({stage.stage: stage.peak / 1e9 for stage in planned.stages}, rel=0.1)
+    assert int(header[1]) in planning.CARDS
+    assert planned.peak <= int(header[1]) * 1e9
+    table = (recipes()[name].parent / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |")).split(" | ")
+    assert float(row[2].removesuffix(" B")) == pytest.approx(shapes_of(planned.loop.model).parameters / 1e9, rel=0.05)
+    assert [float(row[5]), float(row[6]), row[7]] == [max(said["sft"], said["reward"], said["judge"]), said["ppo"], f"{header[1]} GB"]
 
 
 def test_the_command_says_what_to_change_and_fails_where_it_does_not_fit():

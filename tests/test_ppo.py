@@ -145,3 +145,15 @@ def test_ppo_from_a_bare_base_is_held_to_the_base(run, tiny_path, tmp_path):
     reward = RewardRecipe(model=str(tiny_path), data=COMPARISONS, lora=LORA, training={"max_steps": 1}, **options).run(tmp_path / "reward")
     ppo = PPORecipe(model=str(tiny_path), reward=reward, data=PROMPTS, lora=LORA, training=PPO, **options).run(tmp_path / "ppo")
     assert ppo.metrics["first"]["objective/kl"] == 0 and ppo.manifest.parents == {"reward": reward.sha256}
+
+
+def test_it_goes_on_from_a_policy_and_is_held_to_another(run, tmp_path):
+    adapters, quantization = run
+    if quantization != "none":
+        pytest.skip("one kind is enough")
+    options = dict(model=adapters["ppo"], reward=adapters["reward"], data=PROMPTS, seed=2)
+    ppo = PPORecipe(**options, reference=adapters["sft"], training=PPO).run(tmp_path / "ppo")
+    assert ppo.metrics["first"]["objective/kl"] != 0, "it starts where the last one had come to"
+    assert ppo.manifest.parents == {"sft": adapters["sft"].sha256, "policy": adapters["ppo"].sha256, "reward": adapters["reward"].sha256}
+    with pytest.raises(InstructLiteError, match="a reward adapter; PPO is held to a policy"):
+        PPORecipe(**options, reference=adapters["reward"], training=PPO).run(tmp_path / "wrong")

@@ -208,6 +208,26 @@ def test_it_starts_from_the_sft_adapter_and_every_trainable_parameter_moves(tiny
     assert still.role == "reward"
 
 
+def test_it_goes_on_from_a_reward_adapter_head_and_all(tiny_path, tmp_path):
+    sft = tiny_sft(tiny_path, tmp_path / "sft")
+    first = tiny_reward(tiny_path, model=sft).run(tmp_path / "first")
+    still = tiny_reward(tiny_path, model=first, training={"learning_rate": 1e-12, "max_steps": 1}).run(tmp_path / "still")
+    texts = [(row["prompt"], row["chosen"]) for row in PAIRS]
+    before, after = roles_scores(tiny_path, first, texts), roles_scores(tiny_path, still, texts)
+    assert (before - after).abs().max() < 1e-4
+    assert still.manifest.parents == {"sft": sft.sha256, "reward": first.sha256}
+
+
+def test_an_ensemble_goes_on_member_by_member(tiny_path, tmp_path):
+    quick = {"max_steps": 1}
+    first = tiny_reward(tiny_path, ensemble=2, training=quick).run(tmp_path / "first")
+    second = tiny_reward(tiny_path, model=first, ensemble=2, training=quick).run(tmp_path / "second")
+    parents = [member.manifest.parents["reward"] for member in second.members]
+    assert parents == [member.sha256 for member in first.members]
+    with pytest.raises(InstructLiteError, match=r"2 reward models, and ensemble=3; go on with as many \(ensemble=2\)"):
+        tiny_reward(tiny_path, model=first, ensemble=3, training=quick).run(tmp_path / "third")
+
+
 def test_the_head_starts_small_in_fp32_and_learns_faster(tiny_path, tmp_path, trainers):
     tiny_reward(tiny_path, dtype="bfloat16", head_learning_rate_scale=7.0, training={"weight_decay": 0.1}).run(tmp_path / "r")
     groups = trainers[0].optimizer.param_groups

@@ -119,7 +119,15 @@ def test_t10_switching_never_changes_what_is_trainable(tiny_base, tiny_lora):
 
 
 def test_an_unknown_role_is_named(tiny_base, tiny_lora):
-    with pytest.raises(KeyError, match="judge"), four_roles(tiny_base, tiny_lora).active("judge"):
+    model = four_roles(tiny_base, tiny_lora)
+    for computing in (model.active("judge"), model.mixed([None, "policy", "judge"])):
+        with pytest.raises(KeyError, match="judge"), computing:
+            pass
+
+
+def test_adapters_mix_in_eval_mode_only(tiny_base, tiny_lora):
+    model = four_roles(tiny_base, tiny_lora).train()
+    with pytest.raises(ValueError, match="eval mode"), model.mixed([None, "policy"]):
         pass
 
 

@@ -51,7 +51,7 @@ def evaluate(
     ] = None,
     key_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Where an endpoint's key is.")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="Where report.md and report.json go.", show_default="RUN/report")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where report.html, report.md and report.json go.", show_default="RUN/report")] = None,
 ) -> None:
     """Write the report of a run anew, or compare adapters of one base. What was answered and judged before is kept."""
     from ..commands.running import run_stages
@@ -87,7 +87,7 @@ def evaluate(
         options |= {"side_effects": _side_effects(side_effects, toxicity), **({} if samples is None else {"samples": samples})}
         report = compare(candidates, judge=judges, output_dir=output, **options)
     print(report)
-    print(f"\nWritten: {output / 'report.md'} and {output / 'report.json'}")
+    print(f"\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
 
 
 def _side_effects(wanted: bool, toxicity: str | None) -> "SideEffects | bool":

@@ -13,6 +13,7 @@ def push(
     report: Annotated[Path | None, typer.Option(help="The report's directory.", show_default="RUN/report")] = None,
     base_model: Annotated[str | None, typer.Option(metavar="ID", help="Where others find the base, if it is a directory here.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the adapters, as the Hub writes it, such as apache-2.0.")] = None,
+    collection: Annotated[str | None, typer.Option(metavar="TITLE", help="Put it into this collection of yours, too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and send nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before more than 1 GB is sent.")] = False,
 ) -> None:
@@ -30,5 +31,7 @@ def push(
         return
     if planned.total > 1e9 and not yes and not typer.confirm("That is more than 1 GB. Go on?"):
         raise typer.Exit(1)
-    done = push_to_hub(source, repo, **options)
+    done = push_to_hub(source, repo, collection=collection, **options)
     print(f"\n{'Pushed' if done.changed else 'Nothing had changed'}: {done.url} (commit {done.commit})")
+    if done.collection:
+        print(f"In the collection {done.collection}")

@@ -68,7 +68,7 @@ def run_stages(loop: "Loop", output: Path, only: str | None = None, resume: bool
 
     def say(line: str) -> None:
         if is_main_process():
-            console.print(f"[{_clock(time.perf_counter() - start)}] {line}")
+            console.print(f"[{clock(time.perf_counter() - start)}] {line}")
 
     if only is None and is_main_process():
         from ..planning import doubts
@@ -90,7 +90,7 @@ def run_stages(loop: "Loop", output: Path, only: str | None = None, resume: bool
     console.print(_stage_table(result.stages))
     console.print(f"\nAll of it is in {output}, its recipe in {output / 'recipe.yaml'}.")
     if any(stage.stage == "report" for stage in result.stages):
-        console.print(f"Read {output / 'report' / 'report.md'}. Then, with your own data:")
+        console.print(f"Read {output / 'report' / 'report.html'}. Then, with your own data:")
         console.print(f"  instructlite run {output / 'recipe.yaml'} data.comparisons=mine.jsonl --output runs/mine")
     else:
         console.print(f"Next: instructlite run {output / 'recipe.yaml'} --output {output}")
@@ -102,11 +102,11 @@ def _stage_table(stages: "list[StageRun]") -> "Table":
     gpu = any(stage.peak_gpu_mb for stage in stages)
     table = Table("stage", "took", "peak memory", *(["on the GPU"] if gpu else []), "written to", box=None)
     for stage in stages:
-        took = f"{_clock(stage.seconds)}{' (before)' if stage.skipped else ''}"
+        took = f"{clock(stage.seconds)}{' (before)' if stage.skipped else ''}"
         memory = [f"{peak:,.0f} MB" if peak else "-" for peak in (stage.peak_rss_mb, stage.peak_gpu_mb)]
         table.add_row(stage.stage, took, *memory[: 2 if gpu else 1], str(stage.path))
     return table
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -7,18 +7,17 @@ another candidate's), and paths, Adapters or Hub repositories.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InstructLiteError
-from ..models.manifest import Adapter, is_adapter
+from ..models.manifest import Adapter, is_adapter, unused
 
 Model = str | Path | Adapter
 Messages = list[dict[str, str]]
@@ -79,12 +78,13 @@ class Candidate:
         return {**named, "seconds": record["seconds"], "peak_rss_mb": record.get("peak_rss_mb"), "tokens": tokens}
 
 
-def candidates_of(given: Model | Sequence[Model]) -> list[Candidate]:
-    """Candidates from what a user may give, in that order, each under a name of its own.
+def candidates_of(given: Model | Sequence[Model] | Mapping[str, Model]) -> list[Candidate]:
+    """Candidates from what a user may give, in that order, each under a name of its own, or under that of {name: candidate}.
 
     Raises InstructLiteError for reward adapters, and for a best-of-n of nobody.
     """
-    listed = [given] if isinstance(given, (str, Path, Adapter)) else list(given)
+    named = dict(given) if isinstance(given, Mapping) else {}
+    listed = [given] if isinstance(given, (str, Path, Adapter)) else list(named.values() or given)
     if not listed:
         raise InstructLiteError('candidates: there are none; pass adapters, "base", or both')
     found: list[Candidate] = []
@@ -92,7 +92,7 @@ def candidates_of(given: Model | Sequence[Model]) -> list[Candidate]:
     for number, one in enumerate(listed):
         candidate = _candidate(one, f"candidate{number}")
         names = [other.name for other in found]
-        found.append(replace(candidate, name=unused(candidate.name, names)))
+        found.append(replace(candidate, name=[*named][number] if named else unused(candidate.name, names)))
     return [_drawing(candidate, found) if candidate.kind == "best-of-n" else candidate for candidate in found]
 
 
@@ -128,11 +128,6 @@ def _drawing(candidate: Candidate, others: Sequence[Candidate]) -> Candidate:
             f"{candidate.name}: {candidate.of or 'an adapter'} is not among the candidates that it can draw from: {among}"
         )
     return replace(candidate, adapter=wanted[0].adapter, role=wanted[0].role, of=wanted[0].name)
-
-
-def unused(name: str, taken: Sequence[str]) -> str:
-    """The name, or "name-2" where it is taken, and so on."""
-    return next(new for number in itertools.count(1) if (new := name if number == 1 else f"{name}-{number}") not in taken)
 
 
 @dataclass

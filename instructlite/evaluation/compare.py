@@ -43,7 +43,7 @@ VERDICTS = "verdicts.sqlite"  # what language models said
 
 
 def evaluate(
-    candidates: Model | Sequence[Model],
+    candidates: Model | Sequence[Model] | Mapping[str, Model],
     data: Source,
     judge: Model | Judge | Sequence[Model | Judge] | Mapping[str, Model | Judge],
     *,
@@ -68,7 +68,7 @@ def evaluate(
 
     candidates: see candidates.py: "base", adapters, their directories or Hub repositories (user/repo, user/repo/sft), "few-shot:4",
     "context", "best-of-4". Their order counts: the first adapter is the KL's reference (SFT, usually), the last candidate is the
-    one that the report's first words are about. The last part of each gives the name.
+    one that the report's first words are about. The last part of each gives the name, unless they are given as {name: candidate}.
     data: the prompts; other records that have a prompt serve too. `prompts`: the first so many different ones (None: all).
     judge: see judges.py; a reward adapter, best one that PPO was not trained on. Of several, or of {name: judge}, the first leads.
     samples: answers to each prompt at `temperature`; `greedy` adds one without chance. max_prompt_length: in tokens; longer

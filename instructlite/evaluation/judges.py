@@ -19,9 +19,8 @@ from ..data.generating.completer import Completions, Endpoint, Messages, Request
 from ..data.generating.pairwise import Pair, Verdicts, verdict_in
 from ..data.generating.templates import Prompts, read_prompts, transcript
 from ..errors import InstructLiteError
-from ..models.manifest import Adapter
+from ..models.manifest import Adapter, unused
 from . import outcomes, statistics
-from .candidates import unused
 from .outcomes import Contest
 
 

@@ -220,6 +220,12 @@ class Store(Database):
             rows = db.execute(_VOTES).fetchall()
         return [_vote(list(group), scores) for _, group in groupby(rows, key=lambda row: row[0])]
 
+    def cast(self, voter: str) -> int:
+        """How many votes of this voter are on the disk."""
+        _check_tokens(voter)
+        with self.reading() as db:
+            return db.execute("SELECT COUNT(*) FROM votes JOIN voters ON voters.id = voter_id WHERE key = ?", (voter,)).fetchone()[0]
+
     def waiting(self, voter: str) -> list[Waiting]:
         """The finished items that this voter has not voted on, for `queue.choose`. For the server only."""
         recent = (datetime.now(timezone.utc) - timedelta(minutes=PENDING_MINUTES)).isoformat(timespec="milliseconds")

@@ -7,8 +7,10 @@ notices. It holds no secrets and no weights, and reading it needs no torch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +174,24 @@ def is_adapter(path: object) -> bool:
     if not isinstance(path, (str, Path)):
         return False
     return (Path(path) / ADAPTER_CONFIG).is_file() or fetch.holds(path, ADAPTER_CONFIG)
+
+
+def different_names(adapters: Sequence[Adapter | str]) -> list[str]:
+    """Their names, or the texts themselves; where two are alike, the second is "sft-2"."""
+    names: list[str] = []
+    for member in adapters:
+        names.append(unused(member.name if isinstance(member, Adapter) else member, names))
+    return names
+
+
+def unused(name: str, taken: Sequence[str]) -> str:
+    """The name, or "name-2" where it is taken, and so on."""
+    return next(new for number in itertools.count(1) if (new := name if number == 1 else f"{name}-{number}") not in taken)
+
+
+def member_names(name: str, count: int) -> list[str]:
+    """`reward`, or for an ensemble `reward-0`, `reward-1`, ..."""
+    return [name] if count == 1 else [f"{name}-{number}" for number in range(count)]
 
 
 def verify(adapter: Adapter, base: Base) -> None:

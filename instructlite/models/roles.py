@@ -77,15 +77,19 @@ class RoleModel(PeftModelForCausalLM):
         rewards: Adapter | Mapping[str, Adapter] | None = None,
         *,
         value_from: Literal["sft", "reward"] = "sft",
+        reference: Adapter | None = None,
     ) -> RoleModel:
         """The roles of PPO: policy, reference (a copy of the SFT adapter; none for a fresh LoRA: then the base), value, reward.
+
+        reference: another adapter than the one that the policy starts from.
 
         rewards: several by role, or one as the role `reward`. value_from: "sft" copies the policy's adapter and starts at
         V = 0; "reward" copies adapter and head of the (first) reward model, as InstructGPT did.
         """
         rewards = {"reward": rewards} if isinstance(rewards, Adapter) else dict(rewards or {})
-        model = cls.load(base, {"policy": policy, **rewards})
-        if isinstance(policy, Adapter):
+        held_to = {"reference": reference} if reference else {}
+        model = cls.load(base, {"policy": policy, **held_to, **rewards})
+        if isinstance(policy, Adapter) and reference is None:
             model.copy_role("policy", "reference")
         model.copy_role("policy" if value_from == "sft" else next(iter(rewards)), "value")
         if value_from == "sft":
@@ -137,9 +141,26 @@ class RoleModel(PeftModelForCausalLM):
             for module, adapter, disabled in before:
                 module._active_adapter, module._disable_adapters = adapter, disabled
 
-    def mixed(self, roles: list[str | None]) -> AbstractContextManager[None]:
-        """Row i of the batch computes with roles[i]; eval mode only (PEFT refuses it in training)."""
-        return self._enable_peft_forward_hooks(adapter_names=[role or "__base__" for role in roles])
+    @contextmanager
+    def mixed(self, roles: list[str | None]) -> Iterator[None]:
+        """Row i of the batch computes with roles[i]; eval mode only.
+
+        What PEFT does with `adapter_names`, but without walking all modules twice: a step loop comes here at every token.
+        """
+        if self.training:
+            raise ValueError("adapters mix in eval mode only: dropout would be drawn for each of them")
+        if unknown := set(roles) - {None, *self.peft_config}:
+            raise KeyError(f"no role {unknown.pop()!r}; there are {', '.join(self.roles)}")
+        named = {"adapter_names": [role or "__base__" for role in roles]}
+        hooks = [
+            module.register_forward_pre_hook(lambda _, inputs, options: (inputs, options | named), with_kwargs=True)
+            for module in self._switchable
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def reactivation(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """`context_fn` of non-reentrant gradient checkpointing: recompute with the adapter of the forward pass.
@@ -236,6 +257,12 @@ class RoleModel(PeftModelForCausalLM):
                 f"the role {role} has a scalar head, which the directory would lack; RewardRecipe writes reward adapters"
             )
         directory = Path(directory)
+        self.write_peft(role, directory)
+        self.base.tokenizer.save_pretrained(directory)
+        write_manifest(directory, role="policy", base=self.base, parents=parents)
+
+    def write_peft(self, role: str, directory: Path) -> None:
+        """Only what PEFT reads: the adapter's tensors and its config."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_of(role).items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -243,8 +270,6 @@ class RoleModel(PeftModelForCausalLM):
         config.inference_mode = True
         config.base_model_name_or_path, config.revision = str(self.base.path), self.base.revision
         config.save_pretrained(str(directory))
-        self.base.tokenizer.save_pretrained(directory)
-        write_manifest(directory, role="policy", base=self.base, parents=parents)
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ would make the sampled distribution differ from the one PPO scores. Log-probabil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..errors import InstructLiteError
 from . import memory
 from .logprobs import token_log_probs
 from .roles import RoleModel
@@ -37,6 +39,18 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self):
+        # "not (…)" refuses NaN, too
+        for name, value, fits, expected in (
+            ("max_new_tokens", self.max_new_tokens, lambda n: n >= 1, "a whole number from 1"),
+            ("temperature", self.temperature, lambda t: 0 <= t < math.inf, "a number from 0 (greedy)"),
+            ("top_k", self.top_k, lambda k: k >= 0, "a whole number from 0 (all tokens)"),
+            ("top_p", self.top_p, lambda p: 0 < p <= 1, "a number above 0, at most 1"),
+        ):
+            kind = int if name in ("max_new_tokens", "top_k") else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+                raise InstructLiteError(f"{name}={str(value)[:40]}: expected {expected}")
 
 
 def generate(
@@ -109,38 +123,56 @@ def _points(seeds: list[int], sampling: Sampling, device: torch.device) -> Tenso
 
 def _drawn(sampling: Sampling, points: Tensor | None = None) -> LogitsProcessorList:
     """What turns a greedy search into sampling: transformers' own filters, then the draw. Empty for greedy answers."""
-    if sampling.temperature == 0:
-        return LogitsProcessorList()
+    return LogitsProcessorList([*_filters(sampling), Draw(points)] if sampling.temperature else [])
+
+
+def _filters(sampling: Sampling) -> LogitsProcessorList:
     filters: list[LogitsProcessor] = []
     if sampling.temperature != 1:
-        filters.append(TemperatureLogitsWarper(sampling.temperature))
+        filters.append(TemperatureLogitsWarper(float(sampling.temperature)))  # it refuses whole numbers
     if sampling.top_k:
         filters.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         filters.append(TopPLogitsWarper(sampling.top_p))
-    return LogitsProcessorList([*filters, Draw(points)])
+    return LogitsProcessorList(filters)
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token of each row, drawn from softmax(scores) by inverting its distribution function.
+    """Leaves one token of each row, drawn from softmax(scores)."""
+
+    def __init__(self, points: Tensor | None = None):
+        """points: the random numbers (batch, tokens); None draws them when they are wanted, with the random state of the thread."""
+        self.points, self.drawn = points, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.points is None:
+            points = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        else:
+            points = self.points[:, self.drawn, None]
+            self.drawn += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_at(points, scores), 0.0)
+
+
+def drawn_at(points: Tensor, scores: Tensor) -> Tensor:
+    """Tokens (rows, 1) where the distribution functions of softmax(scores) pass `points`, fp64 (rows, 1) in [0, 1).
 
     One random number a row; `torch.multinomial`, which sampling in transformers uses, makes one for each token of the
     vocabulary: a tenth of the time of generation on a CPU when measured. Sums are in fp64, or rare tokens would be lost.
     """
+    cumulative = torch.softmax(scores.float(), -1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)  # right: never a token of probability 0
 
-    def __init__(self, points: Tensor | None = None):
-        """points: the random numbers (batch, tokens); None draws them when they are wanted."""
-        self.points, self.drawn = points, 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulative = torch.softmax(scores.float(), -1).cumsum(-1, dtype=torch.float64)
-        if self.points is None:
-            point = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
-        else:
-            point = self.points[:, self.drawn, None]
-            self.drawn += 1
-        token = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)  # right: never a token of probability 0
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+def next_tokens(scores: Tensor, samplings: list[Sampling], generators: list[torch.Generator]) -> list[int]:
+    """One token for each row of fp32 scores (rows, vocabulary), each drawn in its own way with one number of its own CPU generator."""
+    tokens = scores.argmax(-1)
+    for sampling in dict.fromkeys(samplings):
+        if sampling.temperature == 0:
+            continue
+        rows = [i for i, other in enumerate(samplings) if other == sampling]
+        points = torch.stack([torch.rand(1, dtype=torch.float64, generator=generators[i]) for i in rows])
+        tokens[rows] = drawn_at(points.to(scores.device), _filters(sampling)(None, scores[rows]))[:, 0]
+    return tokens.tolist()
 
 
 @contextmanager

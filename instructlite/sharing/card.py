@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..config import EMBEDDED, EMBEDDED_HUB_ID
-from ..evaluation.report import Report, escape, markdown_table, training_section
+from ..config import EMBEDDED, EMBEDDED_HUB_ID, vllm_rank
+from ..evaluation.markdown import escape, markdown_table, parts_in
+from ..evaluation.report import Report
+from ..evaluation.sections import evidence
 from ..models.manifest import ADAPTER_CONFIG, Adapter
 from .contents import RECIPE, RUN, Contents
 
@@ -93,9 +95,7 @@ def _opening(contents: Contents, repo_id: str) -> list[str]:
 def _evaluation(report: Report | None) -> list[str]:
     if report is None:
         return ["Not evaluated."]
-    parts = [*map(escape, report.verdict().split("\n\n")), markdown_table(*report.win_table()), markdown_table(*report.candidate_table())]
-    for row in report.training:
-        parts += list(training_section(row))[1:]
+    parts = [*map(escape, report.verdict(advised=False).split("\n\n")), *parts_in(evidence(report))]
     return [*parts, "In brackets 95 % intervals. All numbers, and how each was computed: [report/](./report)."]
 
 
@@ -113,7 +113,6 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
         ]
         bias = root.manifest.score_bias
         return [*parts, *([f"Add {bias} to its scores: then demonstrations score 0 on average."] if bias else [])]
-    rank = contents.json(ADAPTER_CONFIG)["r"]
     policies = {folder: adapter.sha256 for folder, adapter in contents.adapters.items() if adapter.role == "policy"}
     folder = next((folder for folder, sha256 in policies.items() if sha256 != root.sha256), None)
     # Not through AutoPeftModel: it would look for the base in a folder of that name, too (peft 0.21).
@@ -132,9 +131,8 @@ prompt = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 """),
         *([f"Another stage: `{other}`."] if folder else []),
-        "With transformers alone (and peft installed): `AutoModelForCausalLM.from_pretrained"
-        f'("{repo_id}")`. Served by vLLM (a line from its documentation, not run here):',
-        f"```bash\nvllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {repo_id.rpartition('/')[2]}={repo_id}\n```",
+        f'With transformers alone (and peft installed): `AutoModelForCausalLM.from_pretrained("{repo_id}")`.',
+        *_serving(contents, repo_id),
     ]
     if root.base_id == EMBEDDED and base == EMBEDDED_HUB_ID:
         parts.append(
@@ -142,6 +140,18 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
             "one on the Hub: answers can differ a little."
         )
     return parts
+
+
+def _serving(contents: Contents, repo_id: str) -> list[str]:
+    """Where it can: vLLM takes plain LoRA up to a rank, and reads the chat template of the base unless told."""
+    config, name = contents.json(ADAPTER_CONFIG), repo_id.rpartition("/")[2]
+    rank = vllm_rank(config["r"])
+    if rank is None or config.get("use_dora") or config.get("modules_to_save"):
+        return ["vLLM does not serve this adapter as it is; `instructlite merge` makes one model of it and its base."]
+    template = " --chat-template chat_template.jinja" if "chat_template.jinja" in contents.files else ""
+    lines = [f"vllm serve {contents.base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo_id}{template}"]
+    lines += [f"hf download {repo_id} chat_template.jinja --local-dir ."] if template else []
+    return ["Served by vLLM (from its documentation, not run here):", "```bash\n" + "\n".join(reversed(lines)) + "\n```"]
 
 
 def _folders(contents: Contents) -> list[str]:

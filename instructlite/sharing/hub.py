@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +16,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
+import markupsafe
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InstructLiteError
-from ..evaluation.report import Report, escape
+from ..evaluation.markdown import escape
+from ..evaluation.report import Report
 from ..models.manifest import Adapter
 from .card import model_card
-from .contents import CARD, OWN, REPORT, ROLES, Contents, gather, redacted, scan
+from .contents import CARD, OWN, REPORT, ROLES, RUN, Contents, gather, redacted, scan
 
 TRIES, LONGEST_WAIT = 5, 60.0
 first_wait = 1.0  # seconds; doubled after each try
@@ -53,6 +56,8 @@ class Push:
     """None: it was a dry run."""
     changed: bool = False
     """Whether the commit is a new one."""
+    collection: str | None = None
+    """URL of the one it is in now."""
 
     @property
     def total(self) -> int:
@@ -73,6 +78,7 @@ def push_to_hub(
     report: Report | str | os.PathLike | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    collection: str | None = None,
     dry_run: bool = False,
 ) -> Push:
     """Push an adapter, or a run directory with all of its adapters, to `repo_id` ("user/name").
@@ -80,7 +86,8 @@ def push_to_hub(
     A run becomes one repository with sft/, reward/, ppo/ and judge/, and the policy at the root. private: False publishes; a repository
     that is public already is refused while this is True. report: what `evaluate` gave or its directory; None: the run's own, if it is about
     these adapters. base_model: where others find the base, if it is a directory here. license: of the adapters, as the Hub writes it
-    ("apache-2.0"). dry_run: nothing is sent, no network is needed.
+    ("apache-2.0"). collection: title of one of the owner's collections, made if there is none, that gets the repository, as it may those of
+    the other stages. dry_run: nothing is sent, no network is needed.
 
     Raises InstructLiteError, before anything is sent, for what cannot go out (a secret, a path of this machine, a damaged adapter), and
     HubError if the Hub refuses or is not to be reached after several tries.
@@ -97,7 +104,10 @@ def push_to_hub(
     contents.files[CARD] = card.encode()
     scan(contents.files, contents.directory)
     push = Push(repo_id, private, contents.sizes, card, contents.notes)
-    return push if dry_run else _send(push, contents)
+    if dry_run:
+        return push
+    push = _send(push, contents)
+    return push if collection is None else _collected(push, collection, contents)
 
 
 def _with_report(contents: Contents, given: Report | str | os.PathLike | None) -> Report | None:
@@ -105,7 +115,8 @@ def _with_report(contents: Contents, given: Report | str | os.PathLike | None) -
     own = contents.directory / "report"
     if isinstance(given, Report):
         content = given.to_dict()
-        files = {"report.json": json.dumps(content, indent=2, ensure_ascii=False) + "\n", "report.md": given.to_markdown()}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        files = {"report.json": text, "report.md": given.to_markdown(), "report.html": given.to_html()}
         report = Report(**{name: value for name, value in content.items() if name != "format"}, answers=[])
     else:
         directory = own if given is None else Path(given)
@@ -130,7 +141,10 @@ def _with_report(contents: Contents, given: Report | str | os.PathLike | None) -
 
 def _renamed(text: str, base: str, public: str) -> str:
     """The report with the base's public id in place of a directory here."""
-    return text.replace(base, public).replace(escape(base), escape(public)) if "/" in base else text
+    if "/" not in base:
+        return text
+    written = {form(base): form(public) for form in (str, escape, markupsafe.escape)}  # in JSON, Markdown and HTML
+    return re.sub("|".join(map(re.escape, written)), lambda found: written[found[0]], text)
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------------
@@ -155,6 +169,15 @@ def _send(push: Push, contents: Contents) -> Push:
 
     oid = _patiently(push, commit)
     return Push(**{**vars(push), "url": f"{api.endpoint}/{push.repo_id}", "commit": oid, "changed": oid != info.sha})
+
+
+def _collected(push: Push, title: str, contents: Contents) -> Push:
+    """Put the repository into a collection, once."""
+    api, owner = HfApi(library_name="instructlite"), push.repo_id.partition("/")[0]
+    found = _patiently(push, lambda: api.create_collection(title, namespace=owner, private=push.private, exists_ok=True))
+    note = f"{contents.json(RUN).get('recipe', contents.adapters[''].role)}, LoRA of {contents.base}"
+    _patiently(push, lambda: api.add_collection_item(found.slug, push.repo_id, "model", note=note, exists_ok=True))
+    return Push(**{**vars(push), "collection": found.url})
 
 
 def _is_ours(name: str) -> bool:

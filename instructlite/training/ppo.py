@@ -9,6 +9,7 @@ from ..config import PPOOptions
 from ..data.records import read_ptx
 from ..errors import InstructLiteError
 from ..models.base import base_of, lora_config
+from ..models.manifest import Adapter
 from ..models.roles import RoleModel
 from .ppo_config import PPOConfig
 from .ppo_trainer import NO_VALUE_START, PPOTrainer
@@ -28,10 +29,11 @@ SHOWN = (
 
 
 class PPORecipe(Recipe, PPOOptions):
-    """Train a policy against a reward adapter (or other rewards) with a KL penalty to the SFT adapter it starts from.
+    """Train a policy against a reward adapter (or other rewards) with a KL penalty to a reference, usually the SFT adapter it starts from.
 
-    The reference is the SFT adapter (with a bare base as `model`, the base itself). Metrics: the rollout metrics of the
-    first cycle and the means over the last quarter of the cycles (`first`, `last`), episodes and their number a second.
+    The reference is what the policy starts from (with a bare base as `model`, the base itself) unless another is given.
+    Metrics: the rollout metrics of the first cycle and the means over the last quarter of the cycles (`first`, `last`),
+    episodes and their number a second.
     """
 
     name = "ppo"
@@ -39,6 +41,9 @@ class PPORecipe(Recipe, PPOOptions):
 
     def train(self, run: Run) -> None:
         policy = parent_of(self.model)
+        reference = None if self.reference is None else Adapter.load(self.reference)
+        if reference and reference.role != "policy":
+            raise InstructLiteError(f"reference={reference}: a {reference.role} adapter; PPO is held to a policy, SFT's usually")
         rewards = rewards_of(
             self.reward, extra=self.rewards, weights=self.reward_weights, combine=self.reward_combine, std_weight=self.reward_std_weight
         )
@@ -46,12 +51,15 @@ class PPORecipe(Recipe, PPOOptions):
         texts = None if self.ptx_data is None else run.records("ptx", read_ptx(self.ptx_data))
         base = base_of(self.model, self)
         config = self.trainer_config(run, base, kl_coef=self.kl_coef, ptx_coef=self._ptx_coef())
-        parents = {role: adapter.sha256 for role, adapter in rewards.adapters.items()} | ({"sft": policy.sha256} if policy else {})
+        parents = {role: adapter.sha256 for role, adapter in rewards.adapters.items()}
+        # "sft" is what it is held to; where it starts from another policy, that is named too
+        parents |= {"sft": (reference or policy).sha256} if reference or policy else {}
+        parents |= {"policy": policy.sha256} if reference and policy else {}
         start = policy or lora_config(self.lora, base.model, "CAUSAL_LM")
         if self.value_from == "reward" and rewards.value_start(config.score_normalization) is None:
             raise InstructLiteError(NO_VALUE_START)
         checkpoint = run.begin(base, config, parents)
-        model = RoleModel.for_ppo(base, start, rewards.adapters, value_from=self.value_from)
+        model = RoleModel.for_ppo(base, start, rewards.adapters, value_from=self.value_from, reference=reference)
         trainer = PPOTrainer(
             model, config, train_dataset=prompts, ptx_dataset=texts, reward_model=rewards, watch_reward=self.watch_reward
         )  # fmt: skip

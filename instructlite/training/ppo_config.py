@@ -2,6 +2,8 @@
 
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.utils import strtobool
@@ -71,6 +73,20 @@ class PPOConfig(TrainingArguments):
     """Prompts per generate call. None: the whole local rollout batch, or what `generation_memory` allows."""
     generation_memory: float | None = None
     """GB that keys, values and logits may take: as many prompts per generate call as fit, if not the whole local rollout batch."""
+    rollout_engine: str = "hf"
+    """Who samples the rollouts: "hf", the model in memory by transformers, or "vllm" (extra `vllm`): see vllm_rollout.py."""
+    vllm_mode: str = "colocate"
+    """"colocate": vLLM with a copy of the base on this process's GPU; "server": a `vllm serve` at `vllm_server_base_url`."""
+    vllm_server_base_url: str | None = None
+    """Such as http://127.0.0.1:8000. It must see the files of this machine; its key is read from VLLM_API_KEY."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the GPU that a colocated vLLM takes for its weights and cache."""
+    vllm_enable_sleep_mode: bool = False
+    """Have a colocated vLLM move its weights to the CPU and give up its cache while the policy is trained."""
+    vllm_options: dict[str, Any] | None = None
+    """Goes to vllm.LLM untouched."""
+    vllm_importance_sampling_clip_max: float | None = 2.0
+    """A token's loss is weighed with its probability for the policy over that for vLLM, at most this (see ppo_math.py). None: not."""
     score_normalization: str = "first_rollout"
     """By what each source is shifted and scaled: "first_rollout", "reward_model" (the statistics its own run measured),
     "running" (of all rollouts so far) or "none"."""
@@ -108,6 +124,7 @@ class PPOConfig(TrainingArguments):
             )
         if self.kl_stop is not None and self.kl_stop <= 0:
             raise InstructLiteError(f"kl_stop={self.kl_stop}: nats a sequence, above 0; leave it out for no limit")
+        self._check_vllm()
         if self.generation_memory is not None and (self.generation_memory <= 0 or self.generation_batch_size is not None):
             raise InstructLiteError(
                 f"generation_memory={self.generation_memory}: GB above 0, and not beside generation_batch_size, which it decides"
@@ -119,6 +136,23 @@ class PPOConfig(TrainingArguments):
                 raise InstructLiteError(
                     f"{option}: not supported in PPO (it would make sampled and scored distributions differ); remove it"
                 )
+
+    def _check_vllm(self) -> None:
+        """Before the stages in front of PPO have been trained."""
+        if self.rollout_engine not in ("hf", "vllm") or self.vllm_mode not in ("colocate", "server"):
+            raise InstructLiteError(
+                f"rollout_engine={self.rollout_engine!r}, vllm_mode={self.vllm_mode!r}: choose hf or vllm, and colocate or server"
+            )
+        if self.vllm_importance_sampling_clip_max is not None and self.vllm_importance_sampling_clip_max < 1:
+            raise InstructLiteError(
+                f"vllm_importance_sampling_clip_max={self.vllm_importance_sampling_clip_max}: at least 1, or null for no weights"
+            )
+        if self.rollout_engine == "hf":
+            return
+        if self.vllm_mode == "server" and not self.vllm_server_base_url:
+            raise InstructLiteError("vllm_mode=server: say where it is with vllm_server_base_url, such as http://127.0.0.1:8000")
+        if self.vllm_mode == "colocate" and find_spec("vllm") is None:
+            raise InstructLiteError("rollout_engine=vllm: vllm is not installed: pip install 'instructlite[vllm]' (Linux with CUDA)")
 
     def _refuse_sharding(self) -> None:
         """Before Trainer looks for DeepSpeed, and before the stages in front of PPO have been trained."""

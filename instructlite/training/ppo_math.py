@@ -92,6 +92,17 @@ def policy_losses(log_probs: Tensor, old: Tensor, advantages: Tensor, cliprange:
     return torch.maximum(plain, clipped), clipped > plain
 
 
+def importance_weights(log_probs: Tensor, sampled: Tensor, mask: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """min(pi / mu, cap) per token, 1 outside the mask, and where the cap bound (bool).
+
+    pi: the policy that is trained; mu: what the tokens were drawn from, the same weights in another program (other kernels,
+    rounding or quantization). Truncated importance sampling (Ionides 2008), token by token as in Yao et al. 2025, "Your Efficient
+    RL Framework Secretly Brings You Off-Policy RL Training", and in TRL's vllm_importance_sampling_mode="token_truncate".
+    """
+    ratio = torch.exp((log_probs - sampled).clamp(-20, 20))
+    return torch.where(mask, ratio.clamp(max=cap), 1.0), mask & (ratio > cap)
+
+
 def value_losses(values: Tensor, old: Tensor, returns: Tensor, cliprange: float | None) -> tuple[Tensor, Tensor]:
     """0.5 max((V - R)^2, (V_clipped - R)^2) per token and where the clip bound. None means no clipping."""
     plain = (values - returns) ** 2

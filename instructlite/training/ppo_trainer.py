@@ -37,7 +37,7 @@ from .ppo_state import load_ppo_state, save_ppo_state
 from .preflight import add_watch, check_reference, check_tokenizer
 from .ptx import PtxLoss
 from .rewards import ScoreScale, rewards_of
-from .rollout import Rollout, RolloutOptions, assign_advantages, collect
+from .rollout import HFSampler, Rollout, RolloutOptions, Sampler, assign_advantages, collect
 
 NO_VALUE_START = (
     "value_from=reward: the score is not one reward adapter's own (or the mean of an ensemble) on a fixed scale, so the value function "
@@ -126,7 +126,7 @@ class PPOTrainer(Checkpointing, Trainer):
         self._options = RolloutOptions(
             sampling=Sampling(args.response_length, args.temperature, args.top_k, args.top_p),
             stop_ids=args.stop_token_ids or model.base.stop_ids,
-            generation_batch_size=self.generation_batch_size,
+            sampler=self._sampler(model, args),
             scoring_batch_size=args.per_device_train_batch_size,
             logp_chunk_size=args.logp_chunk_size,
             share_lower_layers=args.share_lower_layers,
@@ -204,6 +204,13 @@ class PPOTrainer(Checkpointing, Trainer):
         if start is None and any(torch.equal(value, model.heads[role].weight) for role in self.rewards.roles):
             raise InstructLiteError(NO_VALUE_START)
         return start is not None and torch.equal(value, model.heads[start].weight)
+
+    def _sampler(self, model: RoleModel, args: PPOConfig) -> Sampler:
+        if args.rollout_engine == "hf":
+            return HFSampler(self.generation_batch_size)
+        from .vllm_rollout import vllm_sampler  # the extra `vllm`
+
+        return vllm_sampler(model, args, context=self.longest_prompt + args.response_length)
 
     @staticmethod
     def _ptx_loss(model: RoleModel, args: PPOConfig, dataset: Any) -> PtxLoss | None:
@@ -347,6 +354,8 @@ class PPOTrainer(Checkpointing, Trainer):
         # stored ones is measured instead (a wrong mask, position or dropout shows there).
         old = logps.detach() if self._first_step else stored
         policy, policy_clipped = policy_losses(logps, old, micro.advantages[mask], args.cliprange)
+        if micro.weights is not None:
+            policy = policy * micro.weights[mask]
         loss = self._of_step(policy + args.vf_coef * value - args.entropy_coef * entropy)
         # With several processes all must stop alike, and they do: this loss makes the averaged gradient not finite on each.
         if self.accelerator.num_processes == 1 and not torch.isfinite(loss):
@@ -399,7 +408,7 @@ class PPOTrainer(Checkpointing, Trainer):
         if not fitted:
             self._rescale_value_head(model, rollout)
         metrics = self._assign_advantages(rollout)
-        if cycle == 0:
+        if cycle == 0 and "reference" not in model.sources:
             check_reference(metrics["objective/kl_k3"], model.base.dtype)
         metrics |= self.health.watch(rollout, self._reduce, self.accelerator.gather)
         metrics |= self.health.look(cycle, metrics)
@@ -425,7 +434,8 @@ class PPOTrainer(Checkpointing, Trainer):
         args = self.args
         metrics = assign_advantages(
             rollout, self.rewards, kl_coef=self.kl_coef, gamma=args.gamma, lam=args.lam, missing_eos_penalty=args.missing_eos_penalty,
-            whiten_rewards=args.whiten_rewards, reduce=self._reduce, gather=gather_object,
+            whiten_rewards=args.whiten_rewards, importance_cap=args.vllm_importance_sampling_clip_max, reduce=self._reduce,
+            gather=gather_object,
         )  # fmt: skip
         if not torch.isfinite(rollout.advantages).all():
             self.stop("the advantages are not finite, though the scores are; nothing was updated. Lower learning_rate or use dtype float32")

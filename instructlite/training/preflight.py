@@ -47,9 +47,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Base) -> None:
 
 
 def check_start(model: RoleModel) -> None:
-    """The policy starts as its reference, tensor by tensor, so that KL is exactly 0."""
-    if "reference" not in model.roles:
-        return  # then it is the base, and check_reference sees what the policy gives
+    """The policy starts as its reference, tensor by tensor, so that KL is exactly 0; unless it was given another one."""
+    if "reference" not in model.roles or "reference" in model.sources:
+        return  # where it is the base, check_reference sees what the policy gives
     policy, reference = model.role_parameters("policy"), model.role_parameters("reference")
     if len(policy) != len(reference) or not all(map(torch.equal, policy, reference)):
         raise InstructLiteError(f"the weights of the policy differ from those of the reference: {NOT_THE_START}")

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from .. import __version__
 from ..config import Lora
@@ -46,6 +48,7 @@ from .work import (
     LOG,
     MEMBERS,
     RECORD,
+    TRACKED,
     cut_log,
     flat,
     forget,
@@ -67,10 +70,12 @@ REFUSED = {
 }
 # A resumed run may differ in these: they decide what is shown and stored, not what is learnt.
 HARMLESS = {
-    "disable_tqdm", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "report_to", "run_name",
-    "save_steps", "save_strategy", "save_total_limit",
+    "disable_tqdm", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "project", "report_to",
+    "run_name", "save_steps", "save_strategy", "save_total_limit",
 }  # fmt: skip
-SOURCES = {"model", "reward", "data", "eval_data", "demonstrations", "ptx_data"}  # compared by what they hold, not by where that is
+# Compared by what they hold, not by where that is.
+SOURCES = {"model", "reference", "reward", "data", "eval_data", "demonstrations", "ptx_data"}
+TRACKERS = {"trackio": "'instructlite[track]'", "tensorboard": "'instructlite[track]'", "wandb": "wandb"}
 SAVING_SHARE = 0.01  # where the user has not said when to save: a kill costs about a hundred times what a save takes
 
 
@@ -112,6 +117,9 @@ class Run:
         """Report progress, write metrics.jsonl, stop on non-finite gradients and after signals."""
         trainer.remove_callback(PrinterCallback)  # what Trainer puts in place of its progress bar
         trainer.add_callback(Watch(self))
+        for tracker in trainer.callback_handler.callbacks:
+            if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
+                tracker.logging_dir = str(self.scratch / TRACKED)  # not among the checkpoints, which go
         trainer.interruption, trainer.saving_share = self.interruption, self.saving_share
 
     def begin(self, base: Base, args: TrainingArguments, parents: dict[str, str]) -> Path | None:
@@ -235,6 +243,8 @@ class Recipe(ABC):
                 return
             if (run.scratch / LOG).exists():
                 shutil.copyfile(run.scratch / LOG, run.directory / LOG)
+            if (run.scratch / TRACKED).exists():
+                shutil.copytree(run.scratch / TRACKED, run.directory / TRACKED)
             summary = {
                 "recipe": self.name, "config": run.config, "versions": versions(), "data": run.data, "metrics": run.metrics,
                 "started": started, "finished": _now(), "seconds": round(time.perf_counter() - clock, 1), **peak_memory(),
@@ -275,6 +285,8 @@ class Recipe(ABC):
             # On a CPU autocast was measured as no faster, and without it the numbers are those of plain PEFT.
             "bf16": cuda and base.dtype == "bfloat16" and not self.training.get("fp16"),
         }
+        if self.training.get("report_to") not in (None, "none", []):  # a run that is resumed goes on under its name
+            ours |= {"project": "instructlite", "run_name": f"{run.target.parent.name}/{run.target.name}"}
         theirs = any(option.startswith("save_") for option in self.training) or self.training.get("load_best_model_at_end")
         run.saving_share = None if theirs else SAVING_SHARE
         config = trainer_config(self.config_class, self.training, **(ours | defaults))
@@ -293,6 +305,10 @@ def trainer_config(config_class: type[TrainingArguments], training: dict[str, An
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InstructLiteError(f"training.{option}: {config_class.__name__} has no such option{hint}")
+    reported = training.get("report_to") or []
+    for tracker in [reported] if isinstance(reported, str) else reported:
+        if tracker in TRACKERS and find_spec(tracker) is None:
+            raise InstructLiteError(f"training.report_to={tracker}: it is not installed: pip install {TRACKERS[tracker]}")
     try:
         with _without_trl_deprecations():
             return config_class(**(defaults | training))
@@ -414,13 +430,14 @@ def training_metrics(trainer: Trainer) -> dict[str, float]:
     }
 
 
-def parent_of(model: Any, role: str = "policy") -> Adapter | None:
+def parent_of(model: Any, *, roles: tuple[str, ...] = ("policy",)) -> Adapter | None:
     """The adapter that `model` is, or None for a base; refuses one of another role."""
     if not is_adapter(model):
         return None
     adapter = Adapter.load(model)
-    if adapter.role != role:
-        raise InstructLiteError(f"model={adapter}: a {adapter.role} adapter; this stage starts from a {role} adapter or a base model")
+    if adapter.role not in roles:
+        wanted = " or ".join(roles)
+        raise InstructLiteError(f"model={adapter}: a {adapter.role} adapter; this stage starts from a {wanted} adapter or a base model")
     return adapter
 
 

@@ -67,11 +67,14 @@ from .work import (
 )
 
 POLICY_SAMPLES = "policy_samples.jsonl"
+STARTS = ("policy", "reward")  # roles of adapters that a reward model may start from
 BIAS_SAMPLE = 256  # demonstrations scored for the bias; its standard error is then 1/16 of their spread
 
 
 class RewardRecipe(Recipe, RewardOptions):
     """Train a reward adapter. With the SFT adapter as `model` it starts from that one, in its shape (`lora` is ignored).
+
+    With a reward adapter as `model` it goes on from that one, head included; with an ensemble, each member from its own.
 
     Afterwards the scores are shifted so that `demonstrations` score 0 on average (without any, the best answers of the
     training data do). Hugging Face's sequence classifiers have no bias, so the shift stands in the manifest
@@ -108,9 +111,9 @@ class RewardRecipe(Recipe, RewardOptions):
             if main:
                 write_record(work, made_from=made_from)
             paths = [work / MEMBERS / f"member-{number}" for number in range(self.ensemble)]
-            for number, path in enumerate(paths):
+            for number, (path, start) in enumerate(zip(paths, self._starts(), strict=True)):
                 # Without `resume` none is there. With it, one that is done is found to be made from the same.
-                replace(self, seed=self.seed + number, ensemble=1).run(path, resume)
+                replace(self, model=start, seed=self.seed + number, ensemble=1).run(path, resume)
                 gc.collect()  # its base, before the next one loads its own
             if main:
                 publish(self._together(paths, work / target.name, made_from), target)
@@ -118,10 +121,20 @@ class RewardRecipe(Recipe, RewardOptions):
         wait_for_all_processes()
         return Adapter.load(output_dir)
 
+    def _starts(self) -> list[Any]:
+        """What each member starts from."""
+        parent = parent_of(self.model, roles=STARTS)
+        if parent is None or parent.role == "policy":
+            return [self.model] * self.ensemble
+        if len(parent.members) != self.ensemble:
+            found = len(parent.members)
+            raise InstructLiteError(f"{parent}: {found} reward models, and ensemble={self.ensemble}; go on with as many (ensemble={found})")
+        return parent.members
+
     def _made_from(self, run: Run) -> dict[str, Any]:
         """What decides what an ensemble becomes, as far as it is known before a base is loaded; each member knows the rest."""
         self._records(run)
-        parent = parent_of(self.model)
+        parent = parent_of(self.model, roles=STARTS)
         options = {name: value for name, value in run.config.items() if name not in SOURCES}
         training = {name: value for name, value in options.pop("training").items() if name not in HARMLESS}
         data = {name: source["sha256"] for name, source in run.data.items()}
@@ -137,7 +150,7 @@ class RewardRecipe(Recipe, RewardOptions):
         return directory
 
     def train(self, run: Run) -> None:
-        parent = parent_of(self.model)
+        parent = parent_of(self.model, roles=STARTS)
         records, held_out, shown = self._records(run)
         if self.policy_samples:
             records = self._with_policy_samples(as_groups(records), parent, run)
@@ -146,7 +159,7 @@ class RewardRecipe(Recipe, RewardOptions):
         config = self.trainer_config(run, base)
         groups = encode_groups(base, records, config.max_length, run)
         eval_groups = encode_groups(base, held_out, config.max_length, run, "eval_") if held_out else []
-        parents = {"sft": parent.sha256} if parent else {}
+        parents = _lineage(parent)
         checkpoint = run.begin(base, config, parents)
         model = self._model(base, parent)
         with full_precision(model), without_dataset_bars():
@@ -165,7 +178,7 @@ class RewardRecipe(Recipe, RewardOptions):
         save_adapter(model, base, run.directory, role="reward", score_bias=bias, parents=parents)
 
     def _with_policy_samples(self, groups: list[dict], parent: Adapter | None, run: Run) -> list[dict]:
-        if parent is None:
+        if parent is None or parent.role != "policy":
             raise InstructLiteError("policy_samples: nobody to sample from; pass the SFT adapter as `model`")
         limit = self.training.get("max_length", RewardConfig.max_length)
         found = add_policy_samples(groups, parent, self.policy_samples, options=self, seed=self.seed, max_length=limit)
@@ -191,7 +204,7 @@ class RewardRecipe(Recipe, RewardOptions):
         verify(parent, base)
         model = get_peft_model(base.model, _with_head(PeftConfig.from_pretrained(str(parent.path))))
         weights = load_file(parent.path / "adapter_model.safetensors")
-        result = set_peft_model_state_dict(model, weights | {"base_model.model.score.weight": head.weight.data})
+        result = set_peft_model_state_dict(model, {"base_model.model.score.weight": head.weight.data} | weights)
         missing = [name for name in result.missing_keys if ".lora_" in name]
         if result.unexpected_keys or missing:
             odd = (result.unexpected_keys + missing)[0]
@@ -241,6 +254,15 @@ class ScalarHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.float())
+
+
+def _lineage(parent: Adapter | None) -> dict[str, str]:
+    """sha256 by role of what a reward model comes from. One that goes on keeps the SFT adapter that the first one started from."""
+    if parent is None:
+        return {}
+    if parent.role == "policy":
+        return {"sft": parent.sha256}
+    return {role: sha256 for role, sha256 in parent.manifest.parents.items() if role == "sft"} | {"reward": parent.sha256}
 
 
 def _with_head(config: LoraConfig) -> LoraConfig:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import get_callable_name
 
 from ..errors import InstructLiteError
-from ..models.manifest import Adapter, is_adapter
+from ..models.manifest import Adapter, is_adapter, member_names
 from .ppo_math import Reduce, masked_mean, masked_variance
 from .reward_sources import AdapterReward, FunctionReward, RewardSource, load_function, source_of, wait_for_all
 
@@ -305,11 +305,6 @@ def in_words(given: Any) -> Any:
     if given is None or isinstance(given, (str, int, float)):
         return given
     return given.name if isinstance(given, RewardSource) else f"{given.__module__}:{get_callable_name(given)}"
-
-
-def member_names(name: str, count: int) -> list[str]:
-    """`reward`, or for an ensemble `reward-0`, `reward-1`, ..."""
-    return [name] if count == 1 else [f"{name}-{number}" for number in range(count)]
 
 
 def _named(given: Any, alone: bool) -> list[tuple[str | None, Any]]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,18 @@ from transformers import PreTrainedTokenizerBase
 from ..models.logprobs import token_log_probs
 from ..models.roles import ResponseBatch, RoleModel
 from ..models.sampling import Sampling, generate, left_pad
-from .ppo_math import Reduce, correlation, explained_variance, gae, kl_estimators, masked_mean, masked_variance, token_rewards, whiten
+from .ppo_math import (
+    Reduce,
+    correlation,
+    explained_variance,
+    gae,
+    importance_weights,
+    kl_estimators,
+    masked_mean,
+    masked_variance,
+    token_rewards,
+    whiten,
+)
 from .rewards import Rewards
 
 
@@ -27,10 +38,12 @@ from .rewards import Rewards
 class Rollout:
     """Responses of one rollout batch. Grids are (batch, response length); `mask` is True up to the last valid token.
 
-    lower: hidden states behind the shared lower layers (batch, prompt + response, hidden), or None. role_scores: raw ones of
-    each reward role, (batch,). raw_scores: of each source, (batch,) or (batch, length). scores: what came of them on PPO's
-    scale, before penalties (batch,). reward_states: what the (first) reward head read (batch, hidden), and watch_scores: of
-    the role `watch`; for health.py, then dropped. Reward functions get prompts and responses as TRL gives them.
+    lower: hidden states behind the shared lower layers (batch, prompt + response, hidden), or None. sampled_logps: of the
+    sampler, where that is another program than the policy; weights: what the policy's loss of each token is multiplied by for
+    it. role_scores: raw ones of each reward role, (batch,). raw_scores: of each source, (batch,) or (batch, length). scores:
+    what came of them on PPO's scale, before penalties (batch,). reward_states: what the (first) reward head read (batch,
+    hidden), and watch_scores: of the role `watch`; for health.py, then dropped. Reward functions get prompts and responses
+    as TRL gives them.
     """
 
     rows: list[dict[str, Any]]
@@ -40,6 +53,8 @@ class Rollout:
     ended: Tensor
     lower: Tensor | None = None
     logps: Tensor | None = None
+    sampled_logps: Tensor | None = None
+    weights: Tensor | None = None
     reference_logps: Tensor | None = None
     entropy: Tensor | None = None
     values: Tensor | None = None
@@ -116,12 +131,36 @@ class Rollout:
 
 
 @dataclass
+class Answers:
+    """Token ids up to and including the stop token; log_probs: what each token had for the sampler, None where that is the policy."""
+
+    ids: list[list[int]]
+    log_probs: list[list[float]] | None = None
+
+
+class Sampler(Protocol):
+    """Whoever writes the answers of the role `policy`; the same seed gives the same answers for the same prompts."""
+
+    def sample(self, model: RoleModel, prompts: list[list[int]], sampling: Sampling, stop_ids: list[int], seed: int) -> Answers: ...
+
+
+@dataclass
+class HFSampler:
+    """The model in memory itself, by transformers."""
+
+    batch_size: int
+
+    def sample(self, model: RoleModel, prompts: list[list[int]], sampling: Sampling, stop_ids: list[int], seed: int) -> Answers:
+        return Answers(generate(model, prompts, "policy", sampling, stop_ids=stop_ids, seed=seed, batch_size=self.batch_size))
+
+
+@dataclass
 class RolloutOptions:
     """What `collect` needs to know of PPOConfig, with the stop tokens resolved."""
 
     sampling: Sampling
     stop_ids: list[int]
-    generation_batch_size: int
+    sampler: Sampler
     scoring_batch_size: int
     logp_chunk_size: int
     share_lower_layers: bool
@@ -138,10 +177,11 @@ def collect(
     # 1. Sample
     start = time.perf_counter()
     prompts = [row["prompt_ids"] for row in rows]
-    responses = generate(
-        model, prompts, "policy", options.sampling, stop_ids=options.stop_ids, seed=seed, batch_size=options.generation_batch_size
-    )
-    rollout = _grid(model, rows, prompts, responses, options.stop_ids)
+    answers = options.sampler.sample(model, prompts, options.sampling, options.stop_ids, seed)
+    rollout = _grid(model, rows, prompts, answers.ids, options.stop_ids)
+    if answers.log_probs is not None:
+        flat = torch.tensor([value for row in answers.log_probs for value in row], device=model.device)
+        rollout.sampled_logps = _spread(flat, rollout.mask)
     rollout.tokenizer, rollout.trainer_state = model.base.tokenizer, trainer_state
     sampled = time.perf_counter()
 
@@ -239,11 +279,13 @@ def assign_advantages(
     lam: float,
     missing_eos_penalty: float | None,
     whiten_rewards: bool,
+    importance_cap: float | None = None,
     reduce: Reduce,
     gather: Callable[[list], list] = lambda rows: rows,
 ) -> dict[str, float]:
     """Rewards, advantages (whitened over all processes) and returns; fills the rollout, gives TRL's metrics.
 
+    importance_cap: of the weights that make up for a sampler that is not quite the policy; None: none are made.
     reduce, gather: the sum of a tensor, and the items of a list, over all processes.
     """
     mask = rollout.mask
@@ -296,6 +338,7 @@ def assign_advantages(
         "objective/advantage_std_raw": masked_variance(advantages, learned, reduce).sqrt(),
         "rollout/padding_fraction": 1 - masked_mean(mask.float(), torch.ones_like(mask), reduce),
     }
+    metrics |= _weigh(rollout, importance_cap, reduce)
     return (
         {name: value.item() for name, value in metrics.items()}
         | scored.metrics
@@ -305,3 +348,18 @@ def assign_advantages(
             "rollout/length_max": float(mask.shape[1]),
         }
     )
+
+
+def _weigh(rollout: Rollout, cap: float | None, reduce: Reduce) -> dict[str, Tensor]:
+    """Fill the weights of a rollout that another program sampled, and say how far that was from the policy."""
+    if rollout.sampled_logps is None:
+        return {}
+    gap = torch.where(rollout.mask, rollout.logps - rollout.sampled_logps, 0)
+    metrics = {"rollout/sampler_logp_gap": masked_mean(gap.abs(), rollout.mask, reduce)}
+    if cap is None:
+        return metrics
+    rollout.weights, capped = importance_weights(rollout.logps, rollout.sampled_logps, rollout.mask, cap)
+    return metrics | {
+        "rollout/importance_mean": masked_mean(rollout.weights, rollout.mask, reduce),
+        "rollout/importance_capped_frac": masked_mean(capped.float(), rollout.mask, reduce),
+    }

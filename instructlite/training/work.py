@@ -25,6 +25,8 @@ LOG = "metrics.jsonl"
 CHECKPOINTS = "trainer"
 MEMBERS = "members"
 """The finished members of an ensemble, each as it will stand in the whole."""
+TRACKED = "tensorboard"
+"""Event files of TensorBoard, which stand beside metrics.jsonl in the end."""
 REPLACED = "replaced"
 LOCK, OWNER = "lock", "owner.json"
 
@@ -96,7 +98,7 @@ def work_directory(target: Path) -> Path:
 def working(target: Path) -> Iterator[Path]:
     """The work directory of `target`, locked. Afterwards it is gone, unless there is something in it to go on from."""
     work = work_directory(target)
-    ours = {LOCK, OWNER, RECORD, LOG, CHECKPOINTS, MEMBERS, REPLACED, target.name}
+    ours = {LOCK, OWNER, RECORD, LOG, CHECKPOINTS, MEMBERS, TRACKED, REPLACED, target.name}
     if work.exists() and any(path.name.removesuffix(".tmp") not in ours for path in work.iterdir()):
         raise InstructLiteError(f"{work}: exists and is no work directory of InstructLite; move it away or choose another directory")
     work.mkdir(parents=True, exist_ok=True)
@@ -156,7 +158,7 @@ def write_record(work: Path, **content: Any) -> None:
 
 def forget(work: Path) -> None:
     """Remove what a run had come to."""
-    for name in (CHECKPOINTS, MEMBERS):
+    for name in (CHECKPOINTS, MEMBERS, TRACKED):
         shutil.rmtree(work / name, ignore_errors=True)
     for name in (LOG, RECORD):
         (work / name).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ def ai_preferences(asking: Asking, rows: list[dict], *, answers: int = 2) -> Gen
     if any(len(texts) > 2 for _, texts in groups):
         result.kind = "rankings"
     for (prompt, texts), found, when in zip(groups, outcomes, created, strict=True):
-        _add(asking, result, prompt, texts, _ranks(len(texts), found), when)
+        _add(asking, result, prompt, texts, copeland(len(texts), found), when)
     result.measured = verdicts.measured()
     result.notes += verdicts.warnings()
     judged = [outcome for outcome in verdicts.outcomes if outcome is not None]
@@ -48,7 +48,7 @@ def _groups(asking: Asking, result: Generated, rows: list[dict], answers: int) -
     return groups
 
 
-def _ranks(answers: int, outcomes: list[tuple[int, int, float | None]]) -> list[int] | None:
+def copeland(answers: int, outcomes: list[tuple[int, int, float | None]]) -> list[int] | None:
     """Copeland's: by wins over the others, a tie half a win; the best 0. None if a verdict is missing."""
     wins = [0.0] * answers
     for j, k, outcome in outcomes:
