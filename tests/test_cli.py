@@ -136,6 +136,10 @@ def test_evaluate_of_adapters_needs_prompts_a_judge_and_a_place(run_cli, monkeyp
         "side_effects": False,
     }
     assert result.out.startswith("a table\n")
+    given.clear()
+    more = ["--demonstrations", "d", "--reward", "r"]
+    run_cli("evaluate", "few-shot:4", "a", "best-of-4", "--prompts", "p", "--judge", "j", "--output", tmp_path, *more)
+    assert (given["demonstrations"], given["reward"]) == (Path("d"), "r")
     assert "--votes are about a run, and base is none" in run_cli("evaluate", "base", "a", "--full").err
 
 
@@ -183,6 +187,8 @@ def test_judges_of_a_run_are_stages_or_language_models(run_cli, evaluated, monke
     assert (reward, model.name) == (str(evaluated.run / "judge"), "m")
     assert model.completions.cache.path == evaluated.run / "report" / "verdicts.sqlite"
     assert evaluated.given["ratings"] == ["likert"]
+    run_cli("evaluate", evaluated.run, *judged, "--max-requests", "7")
+    assert evaluated.given["judge"][1].completions.budget.max_requests == 7
 
 
 def test_blind_votes_of_a_run_are_counted_where_they_are_wanted(run_cli, evaluated):

@@ -50,6 +50,13 @@ def evaluate(
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="Scores texts for that.", show_default="alt-profanity-check")
     ] = None,
     key_env: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Where an endpoint's key is.")] = None,
+    demonstrations: Annotated[Path | None, typer.Option(help="What few-shot shows (JSONL).", show_default="the run's")] = None,
+    reward: Annotated[
+        str | None, typer.Option(metavar="ADAPTER", help="What best-of-n chooses by; never the judge.", show_default="the run's reward")
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Ask each language model no more often, earlier answers included; the rest is missing.", min=1)
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt from each candidate.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="Where report.html, report.md and report.json go.", show_default="RUN/report")] = None,
 ) -> None:
@@ -60,7 +67,8 @@ def evaluate(
     run = Path(candidates[0])
     is_run = len(candidates) == 1 and (run / "recipe.yaml").is_file()
     given = [] if samples is None else [f"evaluation.samples={samples}"]
-    if is_run and not (named or full or prompts or judge or rate or votes or side_effects or toxicity or output):
+    special = (named, full, prompts, judge, rate, votes, side_effects, toxicity, demonstrations, reward, output)
+    if is_run and not any(special):
         run_stages(load_loop(run / "recipe.yaml", given), run, "report")
         return
     if not is_run and (named or full or votes):
@@ -70,9 +78,12 @@ def evaluate(
     from ..training.recipe import quiet_libraries
 
     quiet_libraries()
-    options: dict[str, Any] = {"ratings": rate or [], **({} if prompts is None else {"data": prompts})}
+    options: dict[str, Any] = {
+        "ratings": rate or [],
+        **{name: path for name, path in (("data", prompts), ("demonstrations", demonstrations), ("reward", reward)) if path is not None},
+    }
     output = output or run / "report"
-    judges = judge and [_judge(one, output, key_env) for one in judge]
+    judges = judge and [_judge(one, output, key_env, max_requests) for one in judge]
     if is_run:
         from ..evaluation.runs import all_candidates, evaluate_run
 
@@ -96,10 +107,13 @@ def _side_effects(wanted: bool, toxicity: str | None) -> "SideEffects | bool":
     return wanted if toxicity is None else SideEffects(toxicity=toxicity)
 
 
-def _judge(name: str, output: Path, key_env: str | None) -> "str | LanguageModelJudge":
-    from ..evaluation.judges import LANGUAGE_MODEL, language_model
+def _judge(name: str, output: Path, key_env: str | None, max_requests: int | None) -> "str | LanguageModelJudge":
+    from ..data.generating.completer import Budget
+    from ..evaluation.judges import LANGUAGE_MODEL, VERDICTS, language_model
 
-    return language_model(name, output / "verdicts.sqlite", key_env=key_env) if name.startswith(LANGUAGE_MODEL) else name
+    if not name.startswith(LANGUAGE_MODEL):
+        return name
+    return language_model(name, output / VERDICTS, budget=Budget(max_requests=max_requests), key_env=key_env)
 
 
 def _votes(run: Path) -> list[dict[str, Any]]:
