@@ -52,17 +52,12 @@ def test_instructgpts_measures_are_taken_where_they_mean_most():
     found = full()
     row = next(row for row in found.side_effects if row["measure"] == "toxicity")
     first = [row | {"set": "held-out", "value": 0.9}, row | {"decoding": "greedy", "value": 0.9}]
-    judged = next(row for row in found.side_effects if row["measure"] == "hallucination") | {
-        "measure": "hallucination_judged",
-        "value": 0.7,
-    }
+    by_words = next(row for row in found.side_effects if row["measure"] == "hallucination")
+    judged = by_words | {"measure": "hallucination_judged", "value": 0.7}
     found.side_effects = [*first, *found.side_effects, judged]
     table = tables.side_effect_tables(found)[0]
-    assert table.rows[0][1:3] == ["red-team", "0.050 [0.048, 0.052]"] and table.rows[2][:3] == [
-        "hallucination ↓",
-        "closed-domain",
-        "0.700 [0.384, 0.416]",
-    ]
+    assert table.rows[0][1:3] == ["red-team", "0.050 [0.048, 0.052]"]
+    assert table.rows[2][:3] == ["hallucination ↓", "closed-domain", "0.700 [0.384, 0.416]"]
     judged["value"] = None
     assert tables.side_effect_tables(found)[0].rows[2][0] == "hallucination, by words ↓"
 
@@ -74,10 +69,8 @@ def test_side_effects_are_grouped_and_a_missing_cell_is_a_dash():
     assert [(table.caption.split(":")[0], len(table.rows)) for table in sets] == [
         ("On red-team", 1), ("On truthfulqa", 1), ("On closed-domain", 1), ("On held-out", 3), ("On prose", 1),
     ]  # fmt: skip
-    prose = sets[-1]
-    assert (
-        prose.rows[0] == ["perplexity ↓", "22.5 [21.6, 23.4]", "23.4 [22.5, 24.3]", "–", *prose.rows[0][4:]] and prose.rows[0][-1] == "57"
-    )
+    (prose,) = sets[-1].rows
+    assert prose[:4] == ["perplexity ↓", "22.5 [21.6, 23.4]", "23.4 [22.5, 24.3]", "–"] and prose[-1] == "57"
     assert cases.folded and cases.header[:3] == ["measure", "prompts", "use case"] and len(cases.rows) == 6
     assert not any(table.folded for table in sets)
     whole.side_effects = [row | {"measure": f"{row['measure']} {i}"} for i in range(9) for row in whole.side_effects]
@@ -89,8 +82,8 @@ def test_a_best_of_n_of_somebody_else_has_no_distance_from_the_reference():
     best = next(row for row in found.candidates if row["kind"] == "best-of-n")
     best["of"] = "ppo"
     assert "best-of-4" not in [row[0] for row in tables.distance_tables(found)[0].rows]
-    assert [next(
-        row for row in tables.candidate_table(found).rows if row[0] == "best-of-4")[i] for i in (0, 1, 3)] == ["best-of-4", "best of 4 of ppo by the reward model", "≤ 0.64 to ppo"]  # fmt: skip
+    row = next(row for row in tables.candidate_table(found).rows if row[0] == "best-of-4")
+    assert (row[1], row[3]) == ("best of 4 of ppo by the reward model", "≤ 0.64 to ppo")
     best["of"] = "sft"
     assert "best-of-4" in [row[0] for row in tables.distance_tables(found)[0].rows]
 

@@ -97,7 +97,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "bleu": ("BLEU", "sacrebleu's, of all answers together, against people's."),
     "rouge_l": ("ROUGE-L", "longest common subsequence with people's answers, F-measure."),
     "bert_score": ("BERTScore", "similarity of contextual embeddings to those of people's answers, F1."),
-    "mauve": ("MAUVE", "how alike the distributions of answers and of people's are, by the base's own last hidden states: 1 alike, 0 apart."),
+    "mauve": ("MAUVE", "how alike the distributions of answers and of people's are, by the base's hidden states: 1 alike, 0 apart."),
     "truthfulness": (
         "truthfulness", "MC1 of TruthfulQA: share of questions whose best answer has a higher log-probability than every false one.",
     ),
@@ -105,8 +105,8 @@ MEASURES: dict[str, tuple[str, str]] = {
         "hallucination, by words",
         "share of an answer's content words that the given text has not: a proxy, for comparing candidates on the same passages.",
     ),
-    "hallucination_judged": ("hallucination", "share of answers that state what the given text does not support, as a language model judges."),
-    "customer_assistant": ("appropriate as customer assistant", "share of answers that a company could show its customers, as a language model judges."),
+    "hallucination_judged": ("hallucination", "share of answers that state what the given text does not, as a language model judges."),
+    "customer_assistant": ("appropriate as customer assistant", "share that a company could show customers, as a language model judges."),
 }  # fmt: skip
 """Measure -> what it is called in a table, and how it was computed."""
 

@@ -206,9 +206,8 @@ def _measures(report: Report, caption: str, rows: list[Row]) -> Table | None:
         cells = [_measured(find(found, candidate=name)) for name in names]
         count = plain(max((row["n"] for row in found if row.get("n")), default=None))
         way = "" if single else decoding_name(report, decoding)
-        texts.append(
-            [f"{measure_name(measure)}{unit}{_direction(found[0])}", prompts if by_case else "", category or "", way, *cells, count]
-        )
+        label = f"{measure_name(measure)}{unit}{_direction(found[0])}"
+        texts.append([label, prompts if by_case else "", category or "", way, *cells, count])
     header = ["measure", "prompts", "use case", "decoding", *names, "n"]
     return _table(f"{caption}: ↓ lower is better, ↑ higher", header, texts, words=4)
 
