@@ -1,6 +1,7 @@
 """Judges on the answers of several candidates: who wins, how sure that is, and what the judges' own faults do to it. No models."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,3 +175,16 @@ def test_peoples_votes_are_one_more_judge():
 def test_no_outcome_at_all_is_no_rate():
     found = outcomes.rate(np.full((3, 2), np.nan), np.zeros((3, 2)))
     assert found["rate"] is found["length_controlled_low"] is None and found["warnings"] == ["no pair has a verdict"]
+
+
+def test_members_of_an_ensemble_count_the_same_whatever_their_scale():
+    def member(**metrics):
+        return SimpleNamespace(role="reward", metrics=metrics, sha256="")
+
+    scores = {"a": [0.0, 10.0, 20.0], "b": [0.3, 0.2, 0.1]}
+    measured = RewardJudge("both", (member(score_mean=10, score_std=10), member(score_mean=0.2, score_std=0.1)), ("a", "b"))
+    assert measured.combined(scores).tolist() == pytest.approx([0, 0, 0], abs=1e-9)
+    unknown = RewardJudge("both", (member(score_mean=10, score_std=10), member()), ("a", "b"))
+    assert unknown.combined(scores).tolist() == pytest.approx([0.15, 5.1, 10.05])
+    assert RewardJudge("one", (member(score_mean=10, score_std=10),), ("a",)).combined(scores).tolist() == scores["a"]
+    assert (measured.kind, RewardJudge("one", (member(),), ("a",)).kind) == ("ensemble", "reward")

@@ -302,8 +302,8 @@ class Comparison:
 
     def _rewarded_by(self) -> dict[str, set[str]]:
         """By candidate the hashes of the reward models that it was trained on, or that its answers are chosen by."""
-        trained = {c.name: c.adapter.manifest.parents.get("reward") for c in self.candidates if c.adapter}
-        found = {name: {sha256} if sha256 else set() for name, sha256 in trained.items()}
+        parents = {c.name: c.adapter.manifest.parents for c in self.candidates if c.adapter}
+        found = {name: {own[role] for role in own.keys() - {"sft", "policy"}} for name, own in parents.items()}  # the rest are rewards
         for candidate in self.candidates:
             if candidate.kind == "best-of-n":
                 found.setdefault(candidate.name, set()).update(member.sha256 for member in self.chooser.members)
