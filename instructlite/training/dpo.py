@@ -35,6 +35,10 @@ class DPOTrainer(Checkpointing, trl.DPOTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "length"})
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        self.model.train()  # PEFT has left it in eval mode, for the frozen reference, and `log` goes by that
+
 
 class DPORecipe(Recipe, DPOOptions):
     """Train a policy on comparisons and rankings against the adapter it starts from (a bare base as `model`: against the base).
