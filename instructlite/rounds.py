@@ -300,7 +300,7 @@ class Round:
         candidates = {"sft": self.run / "sft", self.last: self.policy, name: self.directory / "ppo"}
         judges = ({"judge": judge} if is_adapter(judge) else {}) | {"reward": self.directory / "reward"}
         inputs = {"data": self.run / "data" / "heldout_prompts.jsonl"}
-        options = asdict(self.loop.evaluation)
+        options = {name: value for name, value in asdict(self.loop.evaluation).items() if name != "candidates"}
         made_from = made_of("report", {**inputs, **candidates, **judges}, options)
         self.say(f"report: {', '.join(candidates)} answer the held-out prompts")
         with self.ledger.running("report", made_from) as peak:
@@ -309,7 +309,7 @@ class Round:
         wins = [row for row in report.to_dict()["win_rates"] if row["a"] == name]
         self._note(metrics=self.state["metrics"] | {"win_rates": wins}, finished=_now())
         for row in wins:
-            if row["decoding"] == "sampled":
+            if row["decoding"] == "sampled" and "b_decoding" not in row:
                 interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
                 self.say(f"report: {name} wins {row['rate']:.2f} {interval} against {row['b']}, by {row['judge']}")
         return report
