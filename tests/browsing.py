@@ -88,7 +88,7 @@ class Visit:
     def __init__(self, browser, server, **options):
         self.server = server
         self.context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
-        self.context.set_default_timeout(60_000)
+        self.context.set_default_timeout(180_000)  # a busy machine
         self.page = self.context.new_page()
         self.outside, self.alarms = [], []
         self.page.on("request", lambda request: self.outside.append(request.url) if not self._own(request.url) else None)

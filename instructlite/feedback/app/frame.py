@@ -22,7 +22,7 @@ class Frame:
 
     @contextmanager
     def page(self, path: str, title: str, lead: str) -> Iterator[gr.Blocks]:
-        with gr.Blocks(title=f"{title} · InstructLite", analytics_enabled=False, delete_cache=None) as blocks:
+        with gr.Blocks(title=f"{title} · InstructLite", analytics_enabled=False) as blocks:
             gr.HTML(self._top(path), elem_id="top")
             gr.HTML(f'<div class="lead"><h1>{title}</h1><p>{lead}</p></div>')
             yield blocks

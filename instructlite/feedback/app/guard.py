@@ -57,18 +57,10 @@ class Guard:
     resolves to 127.0.0.1 gets nothing. ancestors: who may show the pages in a frame.
     """
 
-    def __init__(
-        self,
-        app: Callable,
-        *,
-        pages: Iterable[str],
-        loopback: bool,
-        ancestors: str = "'self'",
-        posts_per_minute: int = POSTS_PER_MINUTE,
-    ):
+    def __init__(self, app: Callable, *, pages: Iterable[str], loopback: bool, ancestors: str = "'self'"):
         self.app, self.pages, self.loopback = app, set(pages), loopback
         self.policy = _POLICY.format(ancestors=ancestors)
-        self.bucket = Bucket(posts_per_minute)
+        self.bucket = Bucket(POSTS_PER_MINUTE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

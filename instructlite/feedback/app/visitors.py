@@ -90,7 +90,7 @@ class Visitors:
                 await (await self._login(request) if path == "/login" else self._logout(request))(scope, receive, send)
                 return
             if self.users and not self.name(request) and not path.startswith(("/ui/", "/favicon")):
-                page = request.method in ("GET", "HEAD") and path.count("/") <= 2 and "." not in path
+                page = request.method in ("GET", "HEAD") and path.rstrip("/").count("/") <= 1
                 refused: Response = RedirectResponse("/login", 303) if page else Response("log in first", 401)
                 await refused(scope, receive, send)
                 return
