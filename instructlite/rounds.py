@@ -300,7 +300,7 @@ class Round:
         candidates = {"sft": self.run / "sft", self.last: self.policy, name: self.directory / "ppo"}
         judges = ({"judge": judge} if is_adapter(judge) else {}) | {"reward": self.directory / "reward"}
         inputs = {"data": self.run / "data" / "heldout_prompts.jsonl"}
-        options = asdict(self.loop.evaluation)
+        options = {name: value for name, value in asdict(self.loop.evaluation).items() if name != "candidates"}
         made_from = made_of("report", {**inputs, **candidates, **judges}, options)
         self.say(f"report: {', '.join(candidates)} answer the held-out prompts")
         with self.ledger.running("report", made_from) as peak:
