@@ -309,7 +309,7 @@ class Round:
         wins = [row for row in report.to_dict()["win_rates"] if row["a"] == name]
         self._note(metrics=self.state["metrics"] | {"win_rates": wins}, finished=_now())
         for row in wins:
-            if row["decoding"] == "sampled":
+            if row["decoding"] == "sampled" and "b_decoding" not in row:
                 interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
                 self.say(f"report: {name} wins {row['rate']:.2f} {interval} against {row['b']}, by {row['judge']}")
         return report
