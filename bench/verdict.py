@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     report = json.loads((args.output / "report" / "report.json").read_text(encoding="utf-8"))
     rows = verdict(report)
     print_table(rows)
-    print(f"\n{args.output / 'report' / 'report.md'} has the rest.")
+    print(f"\n{args.output / 'report' / 'report.html'} has the rest.")
     if args.json:
         record(args.json, run, loop.to_dict(), report, rows)
 

@@ -100,7 +100,7 @@ def test_a_run_becomes_one_repository_in_one_commit(run, online):
     assert (
         files["adapter_model.safetensors"] == files["ppo/adapter_model.safetensors"] == (run / "ppo/adapter_model.safetensors").read_bytes()
     )
-    allowed = {"README.md", "recipe.yaml", "report/report.json", "report/report.md"}
+    allowed = {"README.md", "recipe.yaml", "report/report.json", "report/report.md", "report/report.html"}
     each = {"adapter_model.safetensors", "adapter_config.json", "instructlite.json", "run.json", "tokenizer.json", "tokenizer_config.json"}
     allowed |= {f"{folder}{name}" for folder in ("", "sft/", "reward/", "judge/", "ppo/") for name in (*each, "chat_template.jinja")}
     assert set(files) == allowed

@@ -1,139 +1,18 @@
-"""The report says what the numbers say and no more, shows text as text, and is whole as JSON."""
+"""The report shows text as text, and is whole as JSON, Markdown and on the terminal."""
 
 import json
 import math
+from dataclasses import fields
 
 import pytest
+from made_reports import SAMPLED, candidate, full, report
 from markdown_it import MarkdownIt
 
-from instructlite.evaluation.report import Report, escape
+from instructlite.errors import InstructLiteError
+from instructlite.evaluation.markdown import escape
+from instructlite.evaluation.report import Report
 
-# What the greedy control in a first prototype showed: a clear gain when sampled, three quarters of it sharpening.
-SAMPLED = {"rate": 0.755, "low": 0.677, "high": 0.833, "gain": 0.445, "gain_low": 0.3, "gain_high": 0.59}
-GREEDY = {"rate": 0.635, "low": 0.49, "high": 0.771, "gain": 0.121, "gain_low": -0.05, "gain_high": 0.3}
-SHARPENING = {"a": "ppo", "b": "sft", "judge": "judge", "share": 0.744, "share_low": 0.4, "share_high": 0.98}
 EVIL = "<script>alert(1)</script> | **bold** [link](http://x.y) ![i](z) `code` <img src=x onerror=y>\n# Heading\n\n| a | b |\x1b[31m"
-
-
-def candidate(name, **changes):
-    row = {
-        "name": name, "base": "tiny", "adapter": None if name == "base" else name * 8, "mean_reward": 0.1, "mean_reward_low": 0.0,
-        "mean_reward_high": 0.2, "kl": None, "kl_standard_error": None, "perplexity": None, "length": 20.5, "ended": 0.98,
-        "distinct_2": 0.8, "repeated_trigrams": 0.004,
-    }  # fmt: skip
-    return row | changes
-
-
-def report(sampled=SAMPLED, greedy=GREEDY, sharpening=SHARPENING, text="An answer.", prompt="A question?", **changes):
-    pair = {"a": "ppo", "b": "sft", "judge": "judge", "prompts": 48}
-    wins = [pair | {"decoding": "sampled"} | sampled] + ([pair | {"decoding": "greedy"} | greedy] if greedy else [])
-    names = ("sft", "ppo")
-    decodings = [row["decoding"] for row in wins]
-    reward = {"judge": "judge", "mean_reward": 0.1, "mean_reward_low": 0.0, "mean_reward_high": 0.2}
-    words = {"length": 20.5, "ended": 0.98, "distinct_2": 0.8, "repeated_trigrams": 0.004}
-    answer = {"decoding": "sampled", "sample": 0, "text": text, "tokens": 5, "ended": True, "scores": {"judge": 0.25}}
-    judge = {
-        "name": "judge", "adapter": "j" * 8, "accuracy": 0.691, "accuracy_low": 0.609, "accuracy_high": 0.763, "pairs": 136,
-        "longer_wins": 0.574, "trained": [], "not_trained": ["ppo"],
-    }  # fmt: skip
-    values = dict(
-        base={"id": "tiny", "revision": None, "fingerprint": "f" * 8, "quantization": "none", "dtype": "float32"},
-        settings={"prompts": 48, "samples": 2, "temperature": 1.0, "greedy": bool(greedy)},
-        reference="sft",
-        headline=["ppo", "sft"],
-        candidates=[
-            candidate("sft", kl=0.0, kl_standard_error=0.0, perplexity=12.1),
-            candidate("ppo", kl=4.97, kl_standard_error=0.3, perplexity=13.5),
-        ],
-        judges=[judge],
-        win_rates=wins,
-        rewards=[reward | {"candidate": name, "decoding": decoding} for decoding in decodings for name in names],
-        texts=[words | {"candidate": name, "decoding": decoding} for decoding in decodings for name in names],
-        sharpening=sharpening,
-        samples=[{"prompt": 0, "sample": 0, "why": "loss"}],
-        seconds={"load": 1.5},
-        training=[],
-        answers=[{"prompt": [{"role": "user", "content": prompt}], "answers": [answer | {"candidate": name} for name in names]}],
-    )
-    return Report(**(values | changes))
-
-
-def test_the_first_words_name_gain_doubt_temperature_and_the_share_of_sharpening():
-    first, second = report().verdict().split("\n\n")
-    for words in (
-        "48 held-out prompts with 2 answers each, sampled at temperature 1, the distribution that was trained",
-        "ppo wins 0.755 (95 % interval 0.677 to 0.833) of the comparisons with sft",
-        "clear of 0.5: when sampled so, ppo's answers score better",
-        "+0.445 (95 % interval +0.300 to +0.590)",
-        "Decoded greedily, ppo wins 0.635 (95 % interval 0.490 to 0.771), which holds 0.5, so no difference is shown then",
-        "sft reaches 74 % (95 % interval 40 % to 98 %) untrained, just by greedy decoding",
-        "not all of it",
-    ):
-        assert words in first, first
-    for words in (
-        "a reward model that ppo was not trained on; no person was asked",
-        "agrees with people on 0.691 (95 % interval 0.609 to 0.763)",
-        "ppo is 5.0 nats an answer away from sft",
-        "sft 12.10, ppo 13.50",
-    ):
-        assert words in second, second
-    assert report().to_markdown().split("\n\n")[1] == first
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "words", "never"),
-    [
-        (0.45, 0.833, "show no difference", "better"),
-        (0.5, 0.833, "show no difference", "better"),
-        (0.2, 0.45, "score worse", "better"),
-        (None, None, "too few prompts for an interval", "better"),
-        (0.501, 0.833, "score better", "no difference"),
-    ],
-)
-def test_no_more_is_claimed_than_the_interval_says(low, high, words, never):
-    verdict = report(SAMPLED | {"low": low, "high": high}, greedy=None, sharpening=None).verdict()
-    assert words in verdict and never not in verdict
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "words"), [(0.51, 0.7, "clear of 0.5."), (0.2, 0.49, "does worse then"), (0.5, 0.7, "no difference is shown then")]
-)
-def test_the_greedy_win_rate_is_read_by_its_interval(low, high, words):
-    assert words in report(greedy=GREEDY | {"low": low, "high": high}).verdict().split("Decoded greedily")[1]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "words"),
-    [(0.4, 1.2, "may explain all"), (-0.1, 0.3, "does not explain it"), (-0.8, 1.4, "too wide an interval"), (0.4, 0.98, "but not all")],
-)
-def test_the_share_of_sharpening_is_read_by_its_interval(low, high, words):
-    assert words in report(sharpening=SHARPENING | {"share_low": low, "share_high": high}).verdict()
-
-
-def test_a_gain_without_a_greedy_control_says_what_is_not_known():
-    assert "how much of this is only a sharper distribution is not known" in report(greedy=None, sharpening=None).verdict()
-
-
-def test_another_temperature_is_not_called_the_trained_one():
-    verdict = report(settings={"prompts": 48, "samples": 2, "temperature": 0.7}).verdict()
-    assert "temperature 0.7, ppo" in verdict and "that was trained" not in verdict
-
-
-def test_a_judge_that_trained_the_candidate_is_no_evidence_and_a_weak_one_is_called_so():
-    judge = report().judges[0]
-    own = report(judges=[judge | {"trained": ["ppo"], "not_trained": []}]).verdict()
-    assert "the reward model that ppo was trained on (no independent evidence)" in own
-    assert "not shown to be better than chance" in report(judges=[judge | {"accuracy_low": 0.5}]).verdict()
-    silent = report(judges=[judge | {"accuracy": None, "accuracy_low": None, "accuracy_high": None, "not_trained": []}]).verdict()
-    assert "The judge is judge; no person" in silent and "agrees with people" not in silent
-
-
-def test_one_candidate_alone_is_not_compared():
-    alone = report(candidates=[candidate("sft")], headline=None, win_rates=[], sharpening=None, samples=[])
-    assert (
-        alone.verdict() == "On 48 held-out prompts with 2 answers each, sft's mean reward by judge is 0.100 (95 % interval 0.000 to 0.200)."
-    )
-    assert "mean reward" in str(alone) and "# sft" in alone.to_markdown()
 
 
 def test_text_of_prompts_and_answers_is_shown_as_text():
@@ -212,8 +91,46 @@ def test_the_course_of_ppo_is_drawn_with_its_warnings():
     curves = {"objective/score": [0.0, 0.5, 1.0], "rollout/score_length_corr": [0.1, 0.1]}
     course = {"candidate": "ppo", "cycles": 3, "curves": curves, "health": {"kl_stop": "kl_stop in cycle 2: <b>"}}
     text = report(training=[course]).to_markdown()
-    assert "## The training of ppo" in text and "| over 3 rollouts | first | last | course |" in text
+    assert "## The training of ppo" in text and "ppo over 3 rollouts:\n\n|  | first | last | course |" in text
     assert "| 0.000 | 1.000 | ▁▅█ |" in text and "▄▄" in text
     assert "kl\\_stop in cycle 2: &lt;b&gt;" in text
     assert "No health check had anything to say." in report(training=[course | {"health": {}}]).to_markdown()
     assert "The training of" not in report().to_markdown()
+
+
+def test_every_part_is_in_the_markdown_and_none_without_content_is():
+    whole, small = full().to_markdown(), report().to_markdown()
+    optional = (
+        "## Strengths",
+        "## Tax and side effects",
+        "## Benchmarks",
+        "## Time and memory",
+        "Ratings:",
+        "Krippendorff",
+        "position bias",
+    )
+    for heading in optional:
+        assert heading in whole and heading not in small, heading
+    assert "| toxicity ↓ | red-team |" in whole and "- **Strength**" in whole and "**Strength**" not in small
+    assert "- judge: position bias: in 40 of 90 pairs" in whole and "- **Toxicity**: " in whole
+
+
+def test_a_report_of_format_1_is_read_and_what_is_no_report_is_refused(tmp_path):
+    report().save(tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["format"] == 2 and Report.load(tmp_path).to_dict() == content
+    new = ("strengths", "agreement", "ratings", "side_effects", "benchmarks", "costs")
+    old = {name: value for name, value in content.items() if name not in new} | {"format": 1}
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    assert Report.load(tmp_path).side_effects == [] and Report.load(tmp_path).verdict() == report().verdict()
+    for wrong in ({**old, "format": 3}, {**old, "more": 1}, {name: value for name, value in old.items() if name != "judges"}, []):
+        (tmp_path / "report.json").write_text(json.dumps(wrong))
+        with pytest.raises(InstructLiteError, match="not a report of this version"):
+            Report.load(tmp_path)
+
+
+def test_a_loaded_report_says_all_but_the_answers():
+    content = full().to_dict()
+    assert {f.name for f in fields(Report)} == {*content, "answers"} - {"format"}
+    loaded = Report(**{name: value for name, value in content.items() if name != "format"}, answers=[])
+    assert loaded.verdict() == full().verdict() and "## Sample answers" not in loaded.to_markdown()

@@ -48,5 +48,5 @@ def round_of(
         console.print(f"Then, or with votes from elsewhere (--votes FILE): instructlite round {run}")
         return
     print(f"\n{result.report}")
-    console.print(f"\nRound {result.number} is in {result.directory}: read {result.directory / 'report' / 'report.md'} and round.json.")
+    console.print(f"\nRound {result.number} is in {result.directory}: read {result.directory / 'report' / 'report.html'} and round.json.")
     console.print(f"The next one starts from its policy: instructlite round {run}")

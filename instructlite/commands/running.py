@@ -90,7 +90,7 @@ def run_stages(loop: "Loop", output: Path, only: str | None = None, resume: bool
     console.print(_stage_table(result.stages))
     console.print(f"\nAll of it is in {output}, its recipe in {output / 'recipe.yaml'}.")
     if any(stage.stage == "report" for stage in result.stages):
-        console.print(f"Read {output / 'report' / 'report.md'}. Then, with your own data:")
+        console.print(f"Read {output / 'report' / 'report.html'}. Then, with your own data:")
         console.print(f"  instructlite run {output / 'recipe.yaml'} data.comparisons=mine.jsonl --output runs/mine")
     else:
         console.print(f"Next: instructlite run {output / 'recipe.yaml'} --output {output}")

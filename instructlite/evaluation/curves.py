@@ -1,6 +1,6 @@
 """The course of a PPO run, from what its recipe left in the adapter's directory: metrics.jsonl, and the warnings in run.json.
 
-Curves are drawn as text: what a glance needs, without a plotting library, and it shows wherever Markdown does.
+Here curves are drawn as text: what a glance needs, and it shows wherever Markdown does. plots.py draws them for the HTML page.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ SHOWN = {
     "watch/outlier_frac": "answers unlike the first rollout's, to the reward model",
     "policy/clip_frac": "clipped tokens",
     "value/explained_variance": "explained variance of the critic",
+    "policy/loss": "loss of the policy",
+    "value/loss": "loss of the critic",
+    "ptx/loss": "loss on the mixed-in texts, nats a token",
 }
 POINTS = 40
 BARS = "▁▂▃▄▅▆▇█"

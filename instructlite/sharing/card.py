@@ -11,7 +11,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..config import EMBEDDED, EMBEDDED_HUB_ID, vllm_rank
-from ..evaluation.report import Report, escape, markdown_table, training_section
+from ..evaluation.markdown import escape, markdown_table, parts_in
+from ..evaluation.report import Report
+from ..evaluation.sections import evidence
 from ..models.manifest import ADAPTER_CONFIG, Adapter
 from .contents import RECIPE, RUN, Contents
 
@@ -93,9 +95,7 @@ def _opening(contents: Contents, repo_id: str) -> list[str]:
 def _evaluation(report: Report | None) -> list[str]:
     if report is None:
         return ["Not evaluated."]
-    parts = [*map(escape, report.verdict().split("\n\n")), markdown_table(*report.win_table()), markdown_table(*report.candidate_table())]
-    for row in report.training:
-        parts += list(training_section(row))[1:]
+    parts = [*map(escape, report.verdict(advised=False).split("\n\n")), *parts_in(evidence(report))]
     return [*parts, "In brackets 95 % intervals. All numbers, and how each was computed: [report/](./report)."]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
+import markupsafe
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InstructLiteError
-from ..evaluation.report import Report, escape
+from ..evaluation.markdown import escape
+from ..evaluation.report import Report
 from ..models.manifest import Adapter
 from .card import model_card
 from .contents import CARD, OWN, REPORT, ROLES, RUN, Contents, gather, redacted, scan
@@ -112,7 +115,8 @@ def _with_report(contents: Contents, given: Report | str | os.PathLike | None) -
     own = contents.directory / "report"
     if isinstance(given, Report):
         content = given.to_dict()
-        files = {"report.json": json.dumps(content, indent=2, ensure_ascii=False) + "\n", "report.md": given.to_markdown()}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        files = {"report.json": text, "report.md": given.to_markdown(), "report.html": given.to_html()}
         report = Report(**{name: value for name, value in content.items() if name != "format"}, answers=[])
     else:
         directory = own if given is None else Path(given)
@@ -137,7 +141,10 @@ def _with_report(contents: Contents, given: Report | str | os.PathLike | None) -
 
 def _renamed(text: str, base: str, public: str) -> str:
     """The report with the base's public id in place of a directory here."""
-    return text.replace(base, public).replace(escape(base), escape(public)) if "/" in base else text
+    if "/" not in base:
+        return text
+    written = {form(base): form(public) for form in (str, escape, markupsafe.escape)}  # in JSON, Markdown and HTML
+    return re.sub("|".join(map(re.escape, written)), lambda found: written[found[0]], text)
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------------
