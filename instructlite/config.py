@@ -205,6 +205,8 @@ class EvaluationOptions:
     """1 samples from the distribution that PPO trained."""
     greedy: bool = True
     """Compare greedy answers too: they tell how much of a gain is only lower entropy."""
+    side_effects: bool = False
+    """Measure toxicity, truth, made-up answers, repetition … on prompts of their own, too: see evaluation/side_effects.py."""
     batch_size: int = 32
     seed: int = 0
 

@@ -280,8 +280,7 @@ class Round:
         # People have judged the policy's own answers; and the adapter that is gone on from could give none.
         options["reward"]["policy_samples"] = 0.0
         wired = {stage: stage_inputs(stage, self.loop, self.run) for stage in options}
-        # The answers that were voted on are the policy's own already.
-        wired["reward"] |= {"model": self.reward, "data": self.data / "reward.jsonl", "policy_samples": 0.0}
+        wired["reward"] |= {"model": self.reward, "data": self.data / "reward.jsonl"}
         reference = {"reference": self.run / "sft"} if self.options.reference == "sft" and self.last != "sft" else {}
         wired["ppo"] |= {"model": self.policy, **reference, "reward": self.directory / "reward", "data": self.data / "prompts.jsonl"}
         for stage in options:
@@ -301,7 +300,7 @@ class Round:
         candidates = {"sft": self.run / "sft", self.last: self.policy, name: self.directory / "ppo"}
         judges = ({"judge": judge} if is_adapter(judge) else {}) | {"reward": self.directory / "reward"}
         inputs = {"data": self.run / "data" / "heldout_prompts.jsonl"}
-        options = asdict(self.loop.evaluation)
+        options = {name: value for name, value in asdict(self.loop.evaluation).items() if name != "candidates"}
         made_from = made_of("report", {**inputs, **candidates, **judges}, options)
         self.say(f"report: {', '.join(candidates)} answer the held-out prompts")
         with self.ledger.running("report", made_from) as peak:
@@ -310,7 +309,7 @@ class Round:
         wins = [row for row in report.to_dict()["win_rates"] if row["a"] == name]
         self._note(metrics=self.state["metrics"] | {"win_rates": wins}, finished=_now())
         for row in wins:
-            if row["decoding"] == "sampled":
+            if row["decoding"] == "sampled" and "b_decoding" not in row:
                 interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
                 self.say(f"report: {name} wins {row['rate']:.2f} {interval} against {row['b']}, by {row['judge']}")
         return report

@@ -136,6 +136,10 @@ def test_evaluate_of_adapters_needs_prompts_a_judge_and_a_place(run_cli, monkeyp
         "side_effects": False,
     }
     assert result.out.startswith("a table\n")
+    given.clear()
+    more = ["--demonstrations", "d", "--reward", "r"]
+    run_cli("evaluate", "few-shot:4", "a", "best-of-4", "--prompts", "p", "--judge", "j", "--output", tmp_path, *more)
+    assert (given["demonstrations"], given["reward"]) == (Path("d"), "r")
     assert "--votes are about a run, and base is none" in run_cli("evaluate", "base", "a", "--full").err
 
 
@@ -183,6 +187,8 @@ def test_judges_of_a_run_are_stages_or_language_models(run_cli, evaluated, monke
     assert (reward, model.name) == (str(evaluated.run / "judge"), "m")
     assert model.completions.cache.path == evaluated.run / "report" / "verdicts.sqlite"
     assert evaluated.given["ratings"] == ["likert"]
+    run_cli("evaluate", evaluated.run, *judged, "--max-requests", "7")
+    assert evaluated.given["judge"][1].completions.budget.max_requests == 7
 
 
 def test_blind_votes_of_a_run_are_counted_where_they_are_wanted(run_cli, evaluated):
@@ -264,3 +270,38 @@ def test_data_generate_asks_an_endpoint_and_loads_no_torch(run_cli, tmp_path, mo
     assert (refused.code, refused.err) == (2, "instructlite: 'revision' is no option of constitutional: revisions\n")
     assert len(server.asked) == 3
     assert len(read_records("out/comparisons.jsonl", "comparisons")) == 1
+
+
+def test_benchmark_measures_the_policies_of_a_run_and_puts_the_numbers_into_its_report(run_cli, tmp_path, monkeypatch):
+    row = {"candidate": "ppo", "task": "mmlu", "metric": "acc", "value": 0.25, "standard_error": 0.04, "n": 100}
+    asked, written = [], []
+
+    def benchmark(candidates, tasks, *, done, **options):
+        asked.append((candidates, tasks, options["limit"], options["run_code"]))
+        done([row])
+
+    monkeypatch.setattr("instructlite.evaluation.benchmarks.benchmark", benchmark)
+    monkeypatch.setattr("instructlite.evaluation.benchmarks.add_to_report", lambda *given: written.append(given))
+    monkeypatch.setattr("instructlite.evaluation.runs.policies", lambda run: ["sft", "ppo"])
+    (tmp_path / "recipe.yaml").touch()
+    result = run_cli("benchmark", tmp_path, "--tasks", "mmlu, hellaswag", "--limit", 100)
+    assert asked == [(["base", "sft", "ppo"], ["mmlu", "hellaswag"], 100, False)] and not written
+    assert result.out == "ppo: mmlu, acc 0.250 ± 0.040 (n = 100)\n"
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").touch()
+    assert "Written" in run_cli("benchmark", tmp_path).out
+    assert written == [(tmp_path / "report", [row])]
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [(["--side-effects"], True), (["--full"], True), (["--votes"], False), (["--toxicity", "mine:score"], "mine:score")],
+)
+def test_evaluate_measures_side_effects_where_they_are_asked_for(run_cli, tmp_path, monkeypatch, arguments, wanted):
+    asked = []
+    monkeypatch.setattr("instructlite.evaluation.runs.evaluate_run", lambda run, **options: asked.append(options["side_effects"]) or "")
+    monkeypatch.setattr("instructlite.commands.evaluating._votes", lambda run: [])
+    (tmp_path / "recipe.yaml").write_text(recipes()["smollm2-135m"].read_text(encoding="utf-8"), encoding="utf-8")
+    result = run_cli("evaluate", tmp_path, *arguments)
+    assert result.code == 0, result.err
+    assert [getattr(options, "toxicity", options) for options in asked] == [wanted]

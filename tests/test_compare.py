@@ -215,6 +215,11 @@ def test_identical_candidates_are_an_exact_draw_at_no_distance(runs, tmp_path):
     assert texts(found, candidate="sft", decoding="sampled") != texts(found, candidate="twin", decoding="sampled"), "draws are their own"
 
 
+def test_answers_to_one_prompt_are_drawn_apart(report):
+    sampled = texts(report, candidate="ppo", decoding="sampled")
+    assert all(first != second for first, second in zip(sampled[::2], sampled[1::2], strict=True))
+
+
 def test_the_size_of_batches_changes_no_greedy_answer(report, runs):
     other = evaluate(["base", runs / "sft", runs / "ppo"], PROMPTS, runs / "judge", batch_size=2, **FAST)
     assert texts(other, decoding="greedy") == texts(report, decoding="greedy")
@@ -541,9 +546,18 @@ def test_a_language_model_at_an_endpoint_judges_and_is_judged_and_is_asked_once(
     assert Report.load(tmp_path).judges == found.judges
 
 
+def test_a_language_model_in_memory_that_says_nothing_usable_wins_nobody_anything(runs, tmp_path):
+    found = evaluate(["base", runs / "sft"], PROMPTS[:1], [f"llm:{runs / 'ppo'}"], greedy=False, output_dir=tmp_path, max_new_tokens=4)
+    (win,) = found.win_rates
+    assert (win["judge"], win["rate"], win["missing"], win["gain"]) == ("ppo", None, 2, None)
+    assert found.strengths == [] and found.agreement is None and (found.rewards, found.sharpening) == ([], None)
+    assert row(found.candidates, name="sft")["mean_reward"] is None
+
+
 def test_an_ensemble_judges_by_the_mean_of_its_members(wide):
     for entry in wide.answers:
         scores = [answer["scores"] for answer in entry["answers"]]
         assert len({found["both"] for found in scores}) > 1
     assert row(wide.judges, name="both")["kind"] == "ensemble" and row(wide.judges, name="judge")["kind"] == "reward"
-    assert row(wide.judges, name="both")["trained"] == ["ppo"], "one of its members did"
+    assert row(wide.judges, name="both")["trained"] == ["best-of-4", "ppo"], "one of its members did, or chose the answers"
+    assert row(wide.judges, name="judge")["not_trained"] == ["best-of-4", "ppo"]

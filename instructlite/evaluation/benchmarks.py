@@ -87,7 +87,6 @@ def _evaluate(model: RoleModel, role: str | None, batch_size: int, run_code: boo
 
     with model.active(role), _quiet(), _code_allowed(run_code):
         lm = HFLM(pretrained=model.base.model, tokenizer=model.base.tokenizer, batch_size=batch_size)
-        lm.get_model_info = dict  # lm-eval 0.4.13 would ask the Hub for the model's commit (huggingface.py: get_model_sha)
         try:
             return simple_evaluate(lm, **options)
         except OSError as error:

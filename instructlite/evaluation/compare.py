@@ -28,7 +28,7 @@ from ..progress import Advance, progress
 from . import statistics
 from .candidates import Candidate, Model, Prompting, candidates_of
 from .curves import training_of
-from .judges import ACCURACY, SCALES, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
+from .judges import ACCURACY, SCALES, VERDICTS, Judge, LanguageModelJudge, People, RewardJudge, Scale, accuracy, judges_of, reward_judge
 from .judging import Decoding, Judging, Match, flat
 from .kept import FILE, Asked, Kept, KeptModel
 from .metrics import distinct, kl_per_answer, perplexity, repeated
@@ -39,7 +39,6 @@ from .side_effects import side_effects as measure_side_effects
 
 SHOWN_LOSSES, SHOWN_OTHERS = 4, 4
 MOST_COMPARISONS = 200  # of people, that a language model is asked about in both orders
-VERDICTS = "verdicts.sqlite"  # what language models said
 
 
 def evaluate(
@@ -272,7 +271,6 @@ class Comparison:
     ) -> Report:  # fmt: skip
         self.score(decodings)
         base, names = self.model.model.base, tuple(c.name for c in self.headline) if self.headline else None
-        adapters = {candidate.name: candidate.adapter for candidate in self.candidates if candidate.adapter}
         reference = self.reference.name if self.reference else None
         judging = Judging(self.judges, decodings, [row for row, _ in self.prompts], names, reference, self.seed)
         with _phase(self.seconds, "language models judge"):
@@ -287,7 +285,7 @@ class Comparison:
             reference=reference,
             headline=list(names) if names else None,
             candidates=[self._candidate(c, rewards, texts, kl, perplexities) for c in self.candidates],
-            judges=[judge.to_dict(adapters) | self._accuracy(judge, judged) | judging.heard(judge) for judge in self.judges],
+            judges=[judge.to_dict(self._rewarded_by()) | self._accuracy(judge, judged) | judging.heard(judge) for judge in self.judges],
             win_rates=win_rates,
             rewards=rewards,
             texts=texts,
@@ -301,6 +299,15 @@ class Comparison:
             ratings=rated,
             costs=[cost for candidate in self.candidates if (cost := candidate.cost())],
         )
+
+    def _rewarded_by(self) -> dict[str, set[str]]:
+        """By candidate the hashes of the reward models that it was trained on, or that its answers are chosen by."""
+        trained = {c.name: c.adapter.manifest.parents.get("reward") for c in self.candidates if c.adapter}
+        found = {name: {sha256} if sha256 else set() for name, sha256 in trained.items()}
+        for candidate in self.candidates:
+            if candidate.kind == "best-of-n":
+                found.setdefault(candidate.name, set()).update(member.sha256 for member in self.chooser.members)
+        return found
 
     def _accuracy(self, judge: Judge, comparisons: list[dict]) -> dict[str, Any]:
         """How often a judge prefers what people preferred, where there are comparisons, and its own training has not measured it."""
@@ -424,7 +431,9 @@ def _chooser(candidates: list[Candidate], reward: Model | None) -> RewardJudge |
     if best is None:
         return None
     if reward is None:
-        raise InstructLiteError(f"{best.name}: the best by which reward model? Give reward=, the one that was trained on (never the judge)")
+        raise InstructLiteError(
+            f"{best.name}: the best by which reward model? Give reward=ADAPTER (--reward), the one that was trained on, never the judge"
+        )
     return reward_judge(reward, "chooser")
 
 
@@ -440,7 +449,7 @@ def _shots(candidates: list[Candidate], demonstrations: Source | None) -> list[d
     if shown is None:
         return []
     if demonstrations is None:
-        raise InstructLiteError(f"{shown.name}: give demonstrations=, those that SFT was trained on")
+        raise InstructLiteError(f"{shown.name}: give demonstrations= (--demonstrations), those that SFT was trained on")
     return read_records(demonstrations, "demonstrations")
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..data.generating import pairwise
-from ..data.generating.completer import Completions, Endpoint, Messages, Request
+from ..data.generating.completer import Budget, Completions, Endpoint, Messages, Request
 from ..data.generating.pairwise import Pair, Verdicts, verdict_in
 from ..data.generating.templates import Prompts, read_prompts, transcript
 from ..errors import InstructLiteError
@@ -50,9 +50,9 @@ class RewardJudge:
         means, spreads = (np.array([found[name] for found in measured])[:, None] for name in ("score_mean", "score_std"))
         return ((each - means) / spreads).mean(0)
 
-    def to_dict(self, candidates: Mapping[str, Adapter]) -> dict[str, Any]:
-        """Its row in the report: its own accuracy, and which candidates it trained, as far as their manifests say."""
-        trained_by = {name: candidate.manifest.parents.get("reward") for name, candidate in candidates.items()}
+    def to_dict(self, rewarded_by: Mapping[str, set[str]]) -> dict[str, Any]:
+        """Its row in the report: its own accuracy, and whom it trained. rewarded_by: by candidate the hashes of the reward models that it
+        was trained on, or that its answers were chosen by."""
         own = {member.sha256 for member in self.members}
         found = self.members[0].metrics
         return {
@@ -60,8 +60,8 @@ class RewardJudge:
             "kind": self.kind,
             "adapter": self.members[0].sha256,
             **{name: found.get(f"eval_{name}") for name in ACCURACY},
-            "trained": [name for name, reward in trained_by.items() if reward in own],
-            "not_trained": [name for name, reward in trained_by.items() if reward is not None and reward not in own],
+            "trained": [name for name, rewards in rewarded_by.items() if rewards & own],
+            "not_trained": [name for name, rewards in rewarded_by.items() if rewards and not rewards & own],
         }
 
 
@@ -94,7 +94,7 @@ class LanguageModelJudge:
     def of(cls, completions: Completions, prompts: str | Path | None = None, **options: Any) -> LanguageModelJudge:
         return cls(completions.model, completions, read_prompts("judge", prompts), **options)
 
-    def to_dict(self, candidates: Mapping[str, Adapter]) -> dict[str, Any]:
+    def to_dict(self, rewarded_by: Mapping[str, set[str]]) -> dict[str, Any]:
         """Its row in the report, what it is; it has trained nobody."""
         return {"name": self.name, "kind": "language model", "adapter": None, **dict.fromkeys(ACCURACY), "trained": [], "not_trained": []}
 
@@ -163,7 +163,7 @@ class People:
             contests.append((decoding, Contest(a, b, won, longer, numbers)))
         return cls(tuple(contests)) if contests else None
 
-    def to_dict(self, candidates: Mapping[str, Adapter]) -> dict[str, Any]:
+    def to_dict(self, rewarded_by: Mapping[str, set[str]]) -> dict[str, Any]:
         return {"name": self.name, "kind": "people", "adapter": None, **dict.fromkeys(ACCURACY), "trained": [], "not_trained": []}
 
 
@@ -171,19 +171,22 @@ Judge = RewardJudge | LanguageModelJudge | People
 
 
 LANGUAGE_MODEL = "llm:"
+VERDICTS = "verdicts.sqlite"
+"""Where, beside a report, what language models said is kept."""
 
 
-def language_model(spelled: str, cache: str | Path | None, **options: Any) -> LanguageModelJudge:
+def language_model(spelled: str, cache: str | Path | None, *, budget: Budget | None = None, **options: Any) -> LanguageModelJudge:
     """The judge that "llm:MODEL@URL" names, an OpenAI-compatible endpoint ("llm:MODEL@openai": OpenAI's), or "llm:MODEL", in memory.
 
-    cache: the file where its answers are kept. options: of the Endpoint.
+    cache: the file where its answers are kept. budget: what may be spent; pairs that are then not asked are missing, the headline's last.
+    options: of the Endpoint.
     """
     model, at, url = spelled.removeprefix(LANGUAGE_MODEL).rpartition("@")
     if at and (url == "openai" or "://" in url):
-        return LanguageModelJudge.of(Completions(Endpoint(model, None if url == "openai" else url, **options), cache))
+        return LanguageModelJudge.of(Completions(Endpoint(model, None if url == "openai" else url, **options), cache, budget))
     from ..models.completer import LocalCompleter  # an endpoint judges without torch
 
-    return LanguageModelJudge.of(Completions(LocalCompleter.load(spelled.removeprefix(LANGUAGE_MODEL)), cache))
+    return LanguageModelJudge.of(Completions(LocalCompleter.load(spelled.removeprefix(LANGUAGE_MODEL)), cache, budget))
 
 
 def judges_of(given: Any, cache: str | Path | None = None) -> list[RewardJudge | LanguageModelJudge]:
