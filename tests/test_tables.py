@@ -64,13 +64,13 @@ def test_instructgpts_measures_are_taken_where_they_mean_most():
 
 def test_side_effects_are_grouped_and_a_missing_cell_is_a_dash():
     whole = full()
-    whole.side_effects = [row for row in whole.side_effects if row["candidate"] != "sft" or row["set"] != "prose"]
+    whole.side_effects = [row for row in whole.side_effects if row["candidate"] != "sft" or row["measure"] != "length"]
     _, *sets, cases = tables.side_effect_tables(whole)
     assert [(table.caption.split(":")[0], len(table.rows)) for table in sets] == [
         ("On red-team", 1), ("On truthfulqa", 1), ("On closed-domain", 1), ("On held-out", 3), ("On prose", 1),
     ]  # fmt: skip
-    (prose,) = sets[-1].rows
-    assert prose[:4] == ["perplexity ↓", "22.5 [21.6, 23.4]", "23.4 [22.5, 24.3]", "–"] and prose[-1] == "57"
+    assert sets[3].rows[1][:4] == ["length, tokens", "28.0 [26.9, 29.1]", "29.1 [28.0, 30.2]", "–"] and sets[3].rows[1][-1] == "57"
+    assert sets[4].header == ["measure", *NAMES, "n"]
     assert cases.folded and cases.header[:3] == ["measure", "prompts", "use case"] and len(cases.rows) == 6
     assert not any(table.folded for table in sets)
     whole.side_effects = [row | {"measure": f"{row['measure']} {i}"} for i in range(9) for row in whole.side_effects]

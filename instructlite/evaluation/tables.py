@@ -82,7 +82,7 @@ def _wins(report: Report, caption: str, rows: list[Row], folded: bool = False) -
         ]
         for row in rows
     ]  # fmt: skip
-    return _table(caption, header, texts, words=4)
+    return _table(caption, header, texts, words=4, folded=folded)
 
 
 def _needed(row: Row) -> str:
