@@ -39,7 +39,7 @@ PROPERTIES: dict[str, Callable[[str], bool]] = {
 WORDS = {"you": "speaks to the reader (you, your)", "question": "ends in a question", "exclamation": "ends in an exclamation mark"}
 # What 60 votes can be learnt from in minutes on two cores: few old comparisons, each vote four times, 12 rollouts, a short report.
 SETTINGS = {
-    "round.prompt_limit": 140, "round.answers": 6, "round.replay": 60, "round.vote_weight": 4, "ppo.training.max_steps": 96,
+    "round.prompt_limit": 140, "round.answers": 6, "round.replay": 40, "round.vote_weight": 4, "ppo.training.max_steps": 96,
     "evaluation.samples": 4, "evaluation.greedy": "false",
 }  # fmt: skip
 

@@ -100,6 +100,8 @@ class Lengths:
     demonstration: int | None = None
     completion: int | None = None
     compared: int | None = None
+    answer: int | None = None
+    """Of what is compared, without its prompt."""
     judged: int | None = None
     answers: int = 2
     """Of one prompt, compared with each other: more than two in rankings."""
@@ -279,6 +281,7 @@ def lengths_of(loop: Loop) -> Lengths:
         demonstration=_longest(demonstrations, lambda row: count(row["prompt"]) + count(row["completion"])),
         completion=_longest(demonstrations, lambda row: count(row["completion"])),
         compared=_longest(short, group_length),
+        answer=_longest(short, lambda group: max(map(count, group["responses"]))),
         judged=_longest(groups, group_length),
         answers=max((len(group["responses"]) for group in groups), default=2),
         prompt=_longest(prompts, lambda row: count(row["prompt"])),
@@ -439,13 +442,14 @@ def _reward(asked: _Asked) -> StagePlan:
 
 
 def _dpo(asked: _Asked) -> StagePlan:
-    """The policy's pass with the logits of all answer tokens, and one more adapter, the reference, that only reads."""
+    """As SFT, with two answers to each prompt; one adapter more, the reference, only reads."""
     training = asked.training
     longest = _at_most(training["max_length"], asked.lengths.compared, ASSUMED_PROMPT + ASSUMED_ANSWER)
     longest += -longest % 8
-    tokens, read = (2 * longest * training[f"per_device_{part}_batch_size"] for part in ("train", "eval"))
-    phases = asked.learning(tokens, memory.logit_tile(asked.shapes, asked.size, tokens, gpu=asked.device.gpu))
-    phases["evaluate"] = asked.reading(read) + memory.logit_tile(asked.shapes, asked.size, read, gpu=asked.device.gpu)
+    answer = min(longest, asked.lengths.answer or longest)
+    rows, read = (2 * training[f"per_device_{part}_batch_size"] for part in ("train", "eval"))
+    phases = asked.learning(rows * longest, memory.logit_tile(asked.shapes, asked.size, rows * answer, gpu=asked.device.gpu))
+    phases["evaluate"] = asked.reading(read * longest) + memory.logit_tile(asked.shapes, asked.size, read * answer, gpu=asked.device.gpu)
     return StagePlan(asked.stage, asked.parts(2, 1), phases, asked.disk(1), asked.device, 2 * longest // 8)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from test_compare import make_adapter
 from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))  # programs, not a package: they find each other as scripts do
 
 import data_rate
+import panes
 import phases as phases_module
 import ppo_gpu
 import ppo_profile
@@ -202,3 +204,16 @@ def test_the_verdict_trains_all_policies_and_records_one_table(tiny_path, tmp_pa
     assert {"objective/kl", "objective/score", "watch/score"} <= set(watched["curves"])
     assert [stage["stage"] for stage in recorded["stages"]][4:] == ["ppo", "dpo", "ppo-ptx", "report"]
     assert "best-of-4" in capsys.readouterr().out
+
+
+def test_panes_are_compared_on_the_same_work(tiny_base, tmp_path, monkeypatch, capsys):
+    for name, seed in (("sft", 1), ("ppo", 2)):
+        make_adapter(tiny_base, tmp_path / name, seed)
+    write_records(tmp_path / "data" / "heldout_prompts.jsonl", [{"prompt": f"say {n}"} for n in range(3)])
+    recorded = tmp_path / "panes.json"
+    options = ["--prompts", "2", "--new-tokens", "5", "--rounds", "2", "--dtype", "float32", "--json", str(recorded)]
+    monkeypatch.setattr(sys, "argv", ["panes.py", str(tmp_path), *options])
+    panes.main()
+    result = json.loads(recorded.read_text())
+    assert {name: len(times) for name, times in result["seconds"].items()} == {"three": 2, "base": 2, "sft": 2, "ppo": 2}
+    assert result["ratio"] > 0 and "10 tokens a pane" in capsys.readouterr().out

@@ -68,6 +68,13 @@ def state(run: Path, number: int = 1) -> dict:
     return json.loads((run / "rounds" / f"{number:02d}" / "round.json").read_text())
 
 
+def collected(run: Path, file: Path | None = None, judge: Judge | None = None, *, wait: bool = False) -> bool:
+    """The round as far as the votes; whether there were enough of them, so that training would begin."""
+    current = rounds.Round.current(run, (), in_this_process, lambda line: None)
+    current.begin()
+    return current.collect(file, judge, wait) is None
+
+
 def vote(run: Path, voter: str = "ann") -> None:
     store = Store(run, votes_per_minute=None)
     key = store.voter(name=voter).key
@@ -134,16 +141,24 @@ def test_what_is_voted_for_becomes_the_better_answer_to_the_reward_model(run):
     assert after > max(0.9, before)
 
 
+OTHERWISE = ["round.max_new_tokens=4"]
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory) -> Path:
+    """A run with a round that nothing interrupted."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(made, path)
+    run_round(path, OTHERWISE, judge=LETTERS)
+    return path
+
+
 @pytest.mark.parametrize(
     ("where", "name"),
     [(drawing, "_batch"), (rounds, "put_up"), (rounds, "export"), (rounds, "train"), (rounds, "_evaluate")],
     ids=["drawing", "putting up", "export", "training", "report"],
 )
-def test_what_is_killed_anywhere_goes_on(run, made, tmp_path, monkeypatch, where, name):
-    whole = tmp_path / "whole"
-    shutil.copytree(made, whole)
-    options = ["round.max_new_tokens=4"]
-    run_round(whole, options, judge=LETTERS)
+def test_what_is_killed_anywhere_goes_on(run, whole, monkeypatch, where, name):
     if name == "put_up":
         where = drawing
     original, calls = getattr(where, name), []
@@ -156,7 +171,7 @@ def test_what_is_killed_anywhere_goes_on(run, made, tmp_path, monkeypatch, where
 
     monkeypatch.setattr(where, name, killed)
     with pytest.raises(KeyboardInterrupt):
-        run_round(run, options, judge=LETTERS)
+        run_round(run, OTHERWISE, judge=LETTERS)
     monkeypatch.setattr(where, name, original)
     result = run_round(run, judge=LETTERS)  # the options are kept for the round
     assert result.number == 1
@@ -187,7 +202,7 @@ def test_votes_from_a_file_make_a_round_go_on_and_bad_lines_are_named(run, tmp_p
     held_out = read_records(str(run / "data" / "heldout.jsonl"))[0]["prompt"]
     good = tmp_path / "good.jsonl"
     write_records(good, [{"prompt": prompt, "chosen": "long enough", "rejected": "no"} for prompt in ("b", "c", held_out)])
-    assert run_round(run, votes=good).report is not None
+    assert collected(run, good)
     votes = state(run)["votes"]
     assert votes["used"] == 2
     assert votes["left_out"] == {"a held-out prompt": 1}
@@ -233,7 +248,7 @@ def test_votes_that_teach_nothing_stop_the_round_and_it_can_go_on(run):
     with pytest.raises(InstructLiteError, match="nothing can be learnt from these"):
         run_round(run)
     vote(run)
-    assert run_round(run).report is not None
+    assert collected(run)
 
 
 def test_waiting_ends_when_the_votes_are_there(run, monkeypatch):
@@ -245,7 +260,8 @@ def test_waiting_ends_when_the_votes_are_there(run, monkeypatch):
         vote(run)
 
     monkeypatch.setattr(rounds.time, "sleep", sleep)
-    assert run_round(run, wait=True).report is not None
+    assert not collected(run)
+    assert collected(run, wait=True)
     assert slept == [rounds.POLL_SECONDS]
 
 
@@ -271,7 +287,8 @@ def test_a_judge_that_is_none_is_one_line(run):
 
 
 def test_how_far_the_last_reward_model_agreed_with_the_voters_is_measured(run):
-    assert run_round(run, judge=Judge(str(run / "reward"))).report is not None
+    run_round(run)
+    assert collected(run, judge=Judge(str(run / "reward")))
     votes = state(run)["votes"]
     assert votes["reward_pairs"] >= votes["used"]
     assert votes["reward_agreement"] == 1

@@ -71,34 +71,44 @@ def evaluate(
     if is_run and not any(special):
         run_stages(load_loop(run / "recipe.yaml", given), run, "report")
         return
-    if not is_run and (named or full or votes):
-        raise InstructLiteError(f"--candidates, --full and --votes are about a run, and {run} is none (it has no recipe.yaml)")
-    if not is_run and (prompts is None or not judge or output is None):
-        raise InstructLiteError("to compare adapters, give --prompts FILE, --judge ADAPTER and --output DIRECTORY for the report")
+    if not is_run:
+        _check_adapters(run, bool(named or full or votes), prompts is not None and judge and output)
     from ..training.recipe import quiet_libraries
 
     quiet_libraries()
-    options: dict[str, Any] = {
-        "ratings": rate or [],
-        **{name: path for name, path in (("data", prompts), ("demonstrations", demonstrations), ("reward", reward)) if path is not None},
-    }
-    output = output or run / "report"
+    sources = {"data": prompts, "demonstrations": demonstrations, "reward": reward}
+    options: dict[str, Any] = {"ratings": rate or [], **{name: source for name, source in sources.items() if source is not None}}
+    options["output_dir"] = output = output or run / "report"
     judges = judge and [_judge(one, output, key_env, max_requests) for one in judge]
     if is_run:
-        from ..evaluation.runs import all_candidates, evaluate_run
+        from ..evaluation.runs import evaluate_run
 
-        options |= asdict(load_loop(run / "recipe.yaml", given).evaluation) | {"votes": _votes(run) if votes else []}
-        if full or named:
-            options["candidates"] = all_candidates(run) if full else [name.strip() for name in named.split(",")]
+        options = asdict(load_loop(run / "recipe.yaml", given).evaluation) | _named(run, named, full) | options
         options["side_effects"] = _side_effects(side_effects or full or options["side_effects"], toxicity)
-        report = evaluate_run(run, judges=judges, output_dir=output, **options)
+        report = evaluate_run(run, judges=judges, votes=_votes(run) if votes else [], **options)
     else:
         from ..evaluation.compare import evaluate as compare
 
-        options |= {"side_effects": _side_effects(side_effects, toxicity), **({} if samples is None else {"samples": samples})}
-        report = compare(candidates, judge=judges, output_dir=output, **options)
+        options |= {} if samples is None else {"samples": samples}
+        report = compare(candidates, judge=judges, side_effects=_side_effects(side_effects, toxicity), **options)
     print(report)
     print(f"\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
+
+
+def _check_adapters(run: Path, of_run: bool, complete: object) -> None:
+    if of_run:
+        raise InstructLiteError(f"--candidates, --full and --votes are about a run, and {run} is none (it has no recipe.yaml)")
+    if not complete:
+        raise InstructLiteError("to compare adapters, give --prompts FILE, --judge ADAPTER and --output DIRECTORY for the report")
+
+
+def _named(run: Path, named: str | None, full: bool) -> dict[str, list[str]]:
+    """The candidates, where the command says whom."""
+    from ..evaluation.runs import all_candidates
+
+    if full:
+        return {"candidates": all_candidates(run)}
+    return {"candidates": [name.strip() for name in named.split(",")]} if named else {}
 
 
 def _side_effects(wanted: bool, toxicity: str | None) -> "SideEffects | bool":

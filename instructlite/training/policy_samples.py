@@ -16,7 +16,7 @@ from ..models.roles import RoleModel
 from ..models.sampling import Sampling, generate
 from ..progress import progress
 
-DRAWS = 3
+DRAWS = 2
 BATCH_SIZE = 96
 LONGEST = 64  # tokens of a sample
 SHORTEST = 4

@@ -17,8 +17,8 @@ from .frame import Frame, examples
 from .markup import LETTERS, Card
 
 LEAD = (
-    "Read both answers, then say which is better: keys 1 and 2, 3 for a tie, 0 if both are bad, N for the next one. Who wrote them is "
-    "told once your vote is saved."
+    "Read the answers, then say which is better. Who wrote them is told once your vote is saved. "
+    '<span class="keys">Keys: 1 and 2, 3 for a tie, 0 if both are bad, N for the next one.</span>'
 )
 Changes = dict[str, Any]
 

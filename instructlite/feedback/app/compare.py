@@ -178,5 +178,7 @@ def _cards(panes: Sequence[Pane], snapshot: Snapshot, turn: int, notes: Sequence
 
 
 def _notes(snapshot: Snapshot, number: int) -> list[str]:
+    if not snapshot.tokens[number]:
+        return []
     notes = [f"{snapshot.tokens[number]} tokens", f"{snapshot.tokens_per_second[number]:.1f} tokens/s"]
     return [*notes, ENDED[snapshot.finish[number]]] if snapshot.finish[number] else notes

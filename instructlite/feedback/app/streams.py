@@ -18,9 +18,9 @@ WAITING_THREADS = 256
 class Streams:
     """What is being written, by the page that asked for it."""
 
-    def __init__(self, per_minute: int = REQUESTS_PER_MINUTE):
+    def __init__(self):
         self._running: dict[str, Stream] = {}
-        self._bucket = Bucket(per_minute)
+        self._bucket = Bucket(REQUESTS_PER_MINUTE)
         self._threads: CapacityLimiter | None = None
 
     def admit(self, who: str) -> None:
