@@ -165,14 +165,21 @@ def shipped_tasks() -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's notes about what it was given; its progress bars stay."""
+    """Without lm-eval's notes about what it was given (its progress bars stay), and without a word to the Hub of files that are here.
+
+    datasets tells it of each load, "json" and a local file included (datasets 5.2, load.py: increase_load_count).
+    """
+    from datasets import config
+
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    before = logger.level, config.HF_UPDATE_DOWNLOAD_COUNTS
     logger.setLevel(logging.ERROR)
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(before[0])
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before[1]
 
 
 @contextmanager
