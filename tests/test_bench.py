@@ -165,7 +165,7 @@ def test_the_classifier_of_use_cases_is_trained_and_measured():
     assert result["rows"] == len(prompts) == 130 and result["accuracy"] > 0.9
 
 
-TINY = """\
+TINY_RECIPE = """\
 model: {model}
 dtype: float32
 chat_template: chatml
@@ -184,7 +184,7 @@ def test_the_verdict_trains_all_policies_and_records_one_table(tiny_path, tmp_pa
     write_records(tmp_path / "d.jsonl", [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)])
     write_records(tmp_path / "c.jsonl", [{"prompt": f"ask {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)])
     recipe, run, file = tmp_path / "tiny.yaml", tmp_path / "run", tmp_path / "verdict.json"
-    recipe.write_text(TINY.format(model=tiny_path, folder=tmp_path))
+    recipe.write_text(TINY_RECIPE.format(model=tiny_path, folder=tmp_path))
     verdict.main([str(recipe), "--output", str(run), "--json", str(file), "evaluation.samples=2"])
     recorded = json.loads(file.read_text())
     names = ["base", "few-shot:4", "sft", "best-of-4", "dpo", "ppo-ptx", "ppo"]

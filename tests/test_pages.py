@@ -17,6 +17,7 @@ from instructlite.models.base import Base
 from instructlite.models.sampling import Sampling
 
 PROMPT = "Why is the sky blue?"
+pytestmark = pytest.mark.slow  # minutes of a browser, whose waits are not to be had beside other tests
 SHOT = Sampling(24, temperature=0.7)
 LETTERS = re.compile(r"\W")  # what the reader of training data may leave out is none of them
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # what no HTML can hold
