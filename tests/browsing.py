@@ -6,7 +6,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import uvicorn
 from test_compare import make_adapter
 
@@ -16,7 +15,6 @@ from instructlite.feedback.store import Store
 from instructlite.models.base import load_base
 from instructlite.models.engine import Engine
 
-CHROMIUM = Path("/usr/bin/chromium")
 NAMES = ("zebra", "quokka")  # of adapters: words that stand nowhere by chance
 
 
@@ -69,17 +67,6 @@ def served(run: Path, **options):
     with Engine.load(run, BaseOptions(dtype="float32")) as engine, Served(engine, store, **options) as server:
         yield server
     store.close()
-
-
-@contextmanager
-def chromium():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM} (Debian, Ubuntu: apt install chromium)")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Visit:

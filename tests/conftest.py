@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may wait for a network
@@ -66,3 +67,18 @@ def tiny_base(_tiny_base) -> Base:
 @pytest.fixture
 def tiny_lora() -> Lora:
     return Lora(r=4, alpha=8)
+
+
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+@contextmanager
+def chromium():
+    """A browser without a window; skips the test where there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"no {CHROMIUM} (Debian, Ubuntu: apt install chromium)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield browser
+        browser.close()

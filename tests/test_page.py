@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import chromium
 from made_reports import NAMES, full, report
 
 from instructlite.evaluation import plots
 
-CHROMIUM = Path("/usr/bin/chromium")
 CALL = "window.ran = 1"
 PAYLOADS = [
     f"<script>{CALL}</script>", f"</script><script>{CALL}</script>", f"<img src=x onerror='{CALL}'>", f"<svg onload={CALL!r}>",
@@ -114,13 +114,8 @@ def test_payloads_are_text_in_the_source(places, page):
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.is_file():
-        pytest.skip(f"there is no Chromium at {CHROMIUM}")
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield running
-        running.close()
+    with chromium() as browser:
+        yield browser
 
 
 def opened(browser, path: Path, width: int = 390, theme: str = "light"):

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from browsing import NAMES, Visit, chromium, make_run, served
+from browsing import NAMES, Visit, make_run, served
+from conftest import chromium
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner

@@ -95,7 +95,7 @@ def evaluate(
         model = _load(entrants, [*judges, *([chooser] if chooser else [])])
     kept = Kept(None if directory is None else directory / FILE)
     # 2. The different prompts that fit
-    context = getattr(model.base.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = model.base.context
     chosen, counts = _prompts(model, rows, min(context - max_new_tokens, max_prompt_length or math.inf), prompts)
     prompting = Prompting.of(model.base.encode_prompt, context - max_new_tokens, shots, seed)
     computing, judges = KeptModel(model, kept, batch_size, partial(_phase, seconds)), [*judges, *_people(votes, entrants)]

@@ -131,27 +131,27 @@ class Judging:
 
     # --- rows of the report -----------------------------------------------------------------------------------------
 
-    def _matches_of(self, judge: Judge) -> list[Match]:
-        if isinstance(judge, People):
-            return [Match(contest.a, contest.b, decoding, decoding) for decoding, contest in judge.contests]
-        return self.matches() if isinstance(judge, RewardJudge) else list(self.verdicts[judge.name])
+    @cached_property
+    def contests(self) -> dict[str, dict[Match, Contest]]:
+        """By judge what its win rates and strengths are made of."""
+        return {judge.name: self._contests(judge) for judge in self.judges}
 
-    def contests(self, judge: Judge) -> dict[Match, Contest]:
-        matches = self._matches_of(judge)
+    def _contests(self, judge: Judge) -> dict[Match, Contest]:
         if isinstance(judge, People):
-            return dict(zip(matches, (contest for _, contest in judge.contests), strict=True))
+            return {Match(contest.a, contest.b, decoding, decoding): contest for decoding, contest in judge.contests}
+        matches = self.matches() if isinstance(judge, RewardJudge) else self.verdicts[judge.name]
         return {match: self.contest(judge, match) for match in matches}
 
     @property
     def rates(self) -> int:
         """How many win rates there are."""
-        return sum(len(self._matches_of(judge)) for judge in self.judges)
+        return sum(map(len, self.contests.values()))
 
     def win_rates(self, advance: Callable[[], None] = lambda: None) -> list[Row]:
         """advance: called after each."""
         rows = []
         for judge in self.judges:
-            for match, contest in self.contests(judge).items():
+            for match, contest in self.contests[judge.name].items():
                 rows.append(self._win_rate(judge, match, contest))
                 advance()
         order = {decoding.name: number for number, decoding in enumerate(self.decodings)}
@@ -175,7 +175,7 @@ class Judging:
     def strengths(self) -> list[Row]:
         rows = []
         for decoding, judge in itertools.product(self.decodings, self.judges):
-            plain = [contest for match, contest in self.contests(judge).items() if match[2:] == (decoding.name, decoding.name)]
+            plain = [contest for match, contest in self.contests[judge.name].items() if match[2:] == (decoding.name, decoding.name)]
             found = outcomes.strengths(plain, seed=self.seed)
             rows += [{"judge": judge.name, "decoding": decoding.name, **row} for row in found]
         return rows

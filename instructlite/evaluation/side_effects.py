@@ -174,7 +174,6 @@ class _Measuring:
     def __init__(self, run: Evaluated, options: SideEffects):
         self.run, self.options, self.rows = run, options, []
         self.base = run.roles.base
-        self.context = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         self.toxicity, self.templates = options.check()
 
     def fitting(self, prompts: PromptSet, max_new_tokens: int) -> PromptSet | None:
@@ -182,7 +181,7 @@ class _Measuring:
         rows = [
             row
             for row in prompts.rows
-            if all(len(self.run.prompt_ids(candidate, row)) + max_new_tokens <= self.context for candidate in self.run.candidates)
+            if all(len(self.run.prompt_ids(candidate, row)) + max_new_tokens <= self.base.context for candidate in self.run.candidates)
         ][: self.options.prompts]
         return PromptSet(prompts.name, rows) if rows else None
 
@@ -313,14 +312,15 @@ class _Measuring:
         first = base.tokenizer.bos_token_id  # a text has no prompt, and its first token needs something before it
         start = base.tokenizer.eos_token_id if first is None else first
         texts = [base.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in prose]
-        limit = self.context - 1
         plain = [candidate for candidate in self.run.candidates if candidate.kind not in ("best-of-n", "few-shot", "context")]
-        self._perplexity("prose", plain, {c.name: [([start], ids[:limit]) for ids in texts if ids] for c in plain})
+        self._perplexity(
+            "prose", plain, {c.name: [([start], ids[: min(len(ids), base.context - 1)]) for ids in texts if ids] for c in plain}
+        )
         if people is not None:
             own = [candidate for candidate in self.run.candidates if candidate.kind != "best-of-n"]
             answers = [base.encode_completion(text) for text in people.references or []]
             whole = {c.name: [(self.run.prompt_ids(c, row), ids) for row, ids in zip(people.rows, answers, strict=True)] for c in own}
-            fits = [i for i in range(len(answers)) if all(len(rows[i][0]) + len(rows[i][1]) <= self.context for rows in whole.values())]
+            fits = [i for i in range(len(answers)) if all(len(rows[i][0]) + len(rows[i][1]) <= base.context for rows in whole.values())]
             self._perplexity(people.name, own, {name: [rows[i] for i in fits] for name, rows in whole.items()})
 
     def _perplexity(self, name: str, candidates: list[Candidate], sequences: Mapping[str, list[Tokens]]) -> None:

@@ -7,7 +7,6 @@ far it agreed with the voters.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -62,9 +61,8 @@ def draw_answers(path: Path, prompts: Path, policy: Path, reward: Path, drawing:
 
 def _fitting(model: RoleModel, records: Sequence[dict], new_tokens: int) -> tuple[list[tuple[dict, list[int]]], int]:
     """Records with the tokens of their prompts, short ones first (similar lengths share a batch), and how many are too long."""
-    context = getattr(model.base.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     encoded = [(record, model.base.encode_prompt(record["prompt"])) for record in records]
-    fitting = sorted((row for row in encoded if len(row[1]) + new_tokens <= context), key=lambda row: len(row[1]))
+    fitting = sorted((row for row in encoded if len(row[1]) + new_tokens <= model.base.context), key=lambda row: len(row[1]))
     return fitting, len(encoded) - len(fitting)
 
 

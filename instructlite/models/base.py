@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -77,6 +78,11 @@ class Base:
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
+
+    @property
+    def context(self) -> float:
+        """Tokens that prompt and answer may have together; infinite where the model's configuration does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     @cached_property
     def tokenizer_sha256(self) -> str:

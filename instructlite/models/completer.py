@@ -6,7 +6,6 @@ So generating data and judging work without any endpoint. No threads: batches ta
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,10 +47,9 @@ class LocalCompleter:
 
     def complete(self, requests: Sequence[Request]) -> list[Answer]:
         base = self.roles.base
-        context = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        answers = [Answer(None, f"prompt and answer exceed the model's context of {context} tokens", requests=0)] * len(requests)
+        answers = [Answer(None, f"prompt and answer exceed the model's context of {base.context} tokens", requests=0)] * len(requests)
         prompts = [base.encode_prompt(request.messages) for request in requests]
-        draws = {i: Sampling(r.max_tokens, r.temperature) for i, r in enumerate(requests) if len(prompts[i]) + r.max_tokens <= context}
+        draws = {i: Sampling(r.max_tokens, r.temperature) for i, r in enumerate(requests) if len(prompts[i]) + r.max_tokens <= base.context}
         for sampling in dict.fromkeys(draws.values()):
             rows = [i for i in draws if draws[i] == sampling]
             drawn = generate(

@@ -8,7 +8,6 @@ Texts of users are checked here, whatever a page or client has checked before.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -82,7 +81,6 @@ class Engine:
     def __init__(self, model: RoleModel, panes: Sequence[Pane], rewards: dict[str, str], limits: Limits | None = None):
         """rewards: {name: role} of the adapters that score."""
         self.model, self.panes, self.rewards, self.limits = model, list(panes), rewards, limits or Limits()
-        self.context: float = getattr(model.base.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self._lockstep = Lockstep(model)
         # Not two at once: a tokenizer has switches that are set for one call, as that for control tokens in what users type.
         self._tokenizing = threading.Lock()
@@ -178,7 +176,7 @@ class Engine:
         given = [self._checked(one) for one in (conversations if several else [conversations])]
         if len(given) not in (1, count):
             raise InstructLiteError(f"{len(given)} conversations for {count} panes; pass one, or one for each")
-        longest = min(limits.prompt_tokens, self.context - sampling.max_new_tokens)
+        longest = min(limits.prompt_tokens, self.model.base.context - sampling.max_new_tokens)
         encoded = [self._encode(one) for one in given]
         if (most := max(map(len, encoded))) > longest:
             raise InstructLiteError(f"the conversation has {most:,} tokens, at most {longest:,} are taken; shorten it or start a new one")

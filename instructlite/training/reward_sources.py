@@ -185,8 +185,7 @@ class SeparateModelReward:
         )  # fmt: skip
         self.name = name or Path(model).name
         self.batch_size = batch_size
-        limits = (getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None), self.base.tokenizer.model_max_length)
-        self.max_length = max_length or min(limit for limit in limits if limit)
+        self.max_length = max_length or min(self.base.context, self.base.tokenizer.model_max_length)
         self.base.model.eval()
         _score_in_fp32(self.base.model)
 
