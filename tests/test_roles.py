@@ -60,7 +60,7 @@ def test_t7_a_mixed_batch_equals_one_pass_per_role(tiny_path, tiny_lora, quantiz
             separate.append(model.hidden(ids, attention))
     with model.mixed([role for role in (*ROLES, None) for _ in ids]):
         mixed = model.hidden(ids.repeat(5, 1), attention.repeat(5, 1))
-    assert_close(mixed, torch.cat(separate), atol=1e-6, rtol=0)
+    assert_close(mixed, torch.cat(separate), atol=5e-5, rtol=0)  # rounding: test_mixing.py compares layers in float64
     assert (separate[0] - separate[1]).abs().max() > 0.1, "the roles must differ for this to say anything"
 
 
