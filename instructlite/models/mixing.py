@@ -19,7 +19,6 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
 
 class Mixture:
@@ -70,7 +69,7 @@ def _stack(module: nn.Module, names: list[str]) -> _Stack | None:
     if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
         return None
     there = [name for name in names if name in module.lora_A]
-    plain = isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
+    plain = isinstance(module.get_base_layer(), nn.Linear)
     if not there or not plain or any(name in module.lora_variant or module.lora_B[name].bias is not None for name in there):
         return None
     down = torch.cat([module.lora_A[name].weight.detach() for name in there])
