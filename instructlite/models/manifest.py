@@ -190,7 +190,7 @@ def adapters_in(run: str | Path) -> dict[str, Adapter]:
         names = [] if folder else fetch.folders(run, NAME)
         adapters = {name: Adapter.load(f"{repo}/{name}" + (f"@{revision}" if revision else "")) for name in names}
     else:
-        adapters = {path.parent.name: Adapter.load(path.parent) for path in Path(run).glob(f"*/{ADAPTER_CONFIG}")}
+        adapters = {path.parent.name: Adapter.load(path.parent) for path in Path(run).glob(f"*/{NAME}")}
 
     def place(folder: str) -> tuple:
         is_policy = adapters[folder].role == "policy"
