@@ -5,8 +5,8 @@ options, the data files, the adapters before it); a stage that would be made fro
 interrupted is not in the file: it starts over, or goes on from its last checkpoint (`resume`). Nothing is printed here: lines
 for the user go through `say`.
 
-Started by a launcher as several processes, all of them train. The main one alone reports and writes; the others wait for its
-files between the stages and are done when PPO is.
+Started by a launcher as several processes, all of them train, and answer for the report. The main one alone prints and writes; the
+others wait for its files between the stages.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ def _run_stages(loop: Loop, run: Path, only: str | None, resume: bool, call: "Ca
                 train(stage, run / stage, inputs, loop.options(stage), ledger, call, again=only is not None, resume=resume, say=say)
             )
     # 6. Report
-    if only in (None, "report") and is_main_process():
+    if only in (None, "report"):
         stage_run, report = _report(loop, run, ledger, call, again=only is not None, say=say)
         done.append(stage_run)
     return LoopRun(run, done, report)
