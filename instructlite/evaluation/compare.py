@@ -35,7 +35,7 @@ from .kept import FILE, Asked, Kept, KeptModel
 from .metrics import distinct, kl_per_answer, perplexity, repeated
 from .prompt_sets import PromptSet, category_in
 from .report import Report
-from .side_effects import Answered, SideEffects
+from .side_effects import AnsweredSet, SideEffects
 from .side_effects import side_effects as measure_side_effects
 from .workers import Workers
 
@@ -170,7 +170,8 @@ class Comparison:
         asked: dict[str | None, list[Asked]] = {}
         for (row, _), candidate in itertools.product(self.prompts, taking_part):
             ids = tuple(self.prompting.ids(candidate, row))
-            draws = [Asked(candidate.name, candidate.role, ids, i) for i in range(decoding.samples * candidate.draws)]
+            count = decoding.samples * candidate.draws
+            draws = [Asked(candidate.name, candidate.role, ids, i, candidate.draws) for i in range(count)]
             asked.setdefault(candidate.name if candidate.kind == "merged" else None, []).extend(draws)
         drawn: dict[str, list[list[int]]] = {candidate.name: [] for candidate in taking_part}
         for merged, part in asked.items():
@@ -268,7 +269,7 @@ class Comparison:
             for row, _ in self.prompts
         ]
         known = PromptSet("held-out", rows)
-        held_out = [Answered(known, one.name, one.sampling, one.samples, one.answers) for one in decodings]
+        held_out = [AnsweredSet(known, one.name, one.sampling, one.samples, one.answers) for one in decodings]
         return measure_side_effects(self, options, decodings[0].sampling, held_out=held_out, demonstrations=demonstrations)
 
     def _model_of(self, merged: str | None) -> KeptModel:

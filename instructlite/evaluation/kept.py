@@ -62,12 +62,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer to be drawn. name and number: whose it is and the how manieth, so that equal adapters draw answers of their own."""
+    """One answer to be drawn, the `number`-th to its prompt. name: whose it is; it decides nothing, a candidate may be called anything."""
 
     name: str
     role: str | None
     prompt: tuple[int, ...]
     number: int
+    draws: int = 1
+    """Of so many answers one is kept: best-of-n draws others than the adapter that it is compared with."""
 
 
 Phase = Callable[[str, int, int], Any]
@@ -88,7 +90,12 @@ class KeptModel:
         self.identity = [MEANING, base.fingerprint, base.quantization, base.dtype, base.tokenizer_sha256, base.template_sha256]
 
     def answers(self, asked: Sequence[Asked], sampling: Sampling, seed: int, label: str) -> list[list[int]]:
-        """Token ids, in mixed batches; each answer has random numbers of its own."""
+        """Token ids, in mixed batches; each answer has random numbers of its own, from all that decides it (its key).
+
+        So different weights draw independently of each other, as win rates over all pairs of two candidates' answers assume:
+        with common random numbers a policy would meet its own answers, changed a little, and the rate would be that of such pairs.
+        Equal weights asked the same are one policy: one set of answers, and an exact draw.
+        """
         keys = [self._answer_key(one, sampling, seed) for one in asked]
         known = self.kept.get(keys)
         open_rows = {key: one for key, one in zip(keys, asked, strict=True) if key not in known}
@@ -165,7 +172,7 @@ class KeptModel:
         return {role: [known[key] for key in own] for role, own in keys.items()}
 
     def _answer_key(self, one: Asked, sampling: Sampling, seed: int) -> str:
-        drawn = [] if sampling.temperature == 0 else [one.name, one.number, seed]
+        drawn = [] if sampling.temperature == 0 else [one.draws, one.number, seed]
         return self._key("answer", one.role, one.prompt, [asdict(sampling), *drawn])
 
     def _key(self, what: str, role: str | None, prompt: Sequence[int], rest: Sequence[Any]) -> str:
