@@ -221,7 +221,7 @@ dtype: float32
 chat_template: chatml
 lora: {{r: 4, alpha: 8}}
 data: {{demonstrations: {out}/d.jsonl, comparisons: {out}/c.jsonl, judge: 8, heldout: 8}}
-sft: {{training: {{max_steps: 300, per_device_train_batch_size: 2, gradient_checkpointing: false, save_steps: 1}}}}
+sft: {{training: {{max_steps: 60, per_device_train_batch_size: 2, gradient_checkpointing: false, save_steps: 1}}}}
 """
 
 
