@@ -436,27 +436,19 @@ class Killed(BaseException):
 @pytest.fixture
 def computed(monkeypatch):
     """Counts what is drawn, scored and run for log-probabilities; `killed_after` batches of answers everything stops."""
-    counts = Counter()
+    counts, original = Counter(), kept.computed
+    names = {"answers": "generate", "scores": "score", "log_probs": "log_probs"}
 
-    def counting(name, function):
-        def call(model, first, *rest, **options):
-            rows = first if name == "generate" else rest[0]
-            counts[name] += len(rows)
-            if name == "generate" and counts["killed_after"]:
-                keep, left = options["keep"], iter(range(counts["killed_after"] - 1, -1, -1))
+    def counting(model, what, rows, *rest):
+        if what == "answers" and counts["killed_after"]:
+            counts["batches"] += 1
+            if counts["batches"] > counts["killed_after"]:
+                del counts["batches"]
+                raise Killed
+        counts[names[what]] += len(rows)
+        return original(model, what, rows, *rest)
 
-                def keep_some(numbers, answers):
-                    keep(numbers, answers)
-                    if next(left) == 0:
-                        raise Killed
-
-                options["keep"] = keep_some
-            return function(model, first, *rest, **options)
-
-        return call
-
-    for name in ("generate", "score", "log_probs"):
-        monkeypatch.setattr(kept, name, counting(name, getattr(kept, name)))
+    monkeypatch.setattr(kept, "computed", counting)
     return counts
 
 

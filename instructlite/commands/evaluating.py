@@ -92,10 +92,8 @@ def evaluate(
 
         options |= {} if samples is None else {"samples": samples}
         report = compare(candidates, judge=judges, side_effects=_side_effects(side_effects, toxicity), **options)
-    if not is_main_process():
-        return
-    print(report)
-    print(f"\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
+    if is_main_process():
+        print(f"{report}\n\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
 
 
 def _check_adapters(run: Path, of_run: bool, complete: object) -> None:

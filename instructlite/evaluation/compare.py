@@ -111,20 +111,9 @@ def evaluate(
         "max_prompt_length": max_prompt_length, "batch_size": batch_size, "seed": seed, **_counted("heldout_demonstrations", heldout),
     }  # fmt: skip
 
-    def compared() -> Report:
-        # 3. Answers
-        decodings = [Decoding("sampled", Sampling(max_new_tokens, temperature), samples)]
-        decodings += [Decoding("greedy", Sampling(max_new_tokens, 0.0), 1)] if greedy else []
-        for decoding in decodings:
-            run.answer(decoding)
-        # 4. Side effects, KL to the reference on own answers, perplexity on people's  5. Judges, and the report
-        measured = run.side_effects(effects, decodings, heldout) if effects else []
-        report = run.report(decodings, settings, run.kl(decodings[0]), run.perplexity(heldout) if heldout else {}, judged, ratings)
-        report.side_effects = measured
-        if output_dir is not None:
-            report.save(output_dir)
-        return report
-
+    decodings = [Decoding("sampled", Sampling(max_new_tokens, temperature), samples)]
+    decodings += [Decoding("greedy", Sampling(max_new_tokens, 0.0), 1)] if greedy else []
+    compared = partial(run.compared, decodings, settings, effects, heldout, judged, ratings, output_dir)
     if workers is None:
         return compared()
     with Peers("what was answered and scored is kept: start it again") as peers:
@@ -159,6 +148,21 @@ class Comparison:
         last = self.candidates[-1]
         other = self.candidates[0] if self.reference in (None, last) else self.reference
         return None if other is last else (last, other)
+
+    def compared(
+        self, decodings: list[Decoding], settings: dict[str, Any], effects: SideEffects | None, heldout: list[dict] | None,
+        judged: list[dict], ratings: Sequence[Scale], output_dir: str | Path | None,
+    ) -> Report:  # fmt: skip
+        # 3. Answers
+        for decoding in decodings:
+            self.answer(decoding)
+        # 4. Side effects, KL to the reference on own answers, perplexity on people's  5. Judges, and the report
+        measured = self.side_effects(effects, decodings, heldout) if effects else []
+        report = self.report(decodings, settings, self.kl(decodings[0]), self.perplexity(heldout) if heldout else {}, judged, ratings)
+        report.side_effects = measured
+        if output_dir is not None:
+            report.save(output_dir)
+        return report
 
     def answer(self, decoding: Decoding) -> None:
         """All candidates' answers in mixed batches, the rows of a prompt side by side; the best of n equal answers is none."""

@@ -30,6 +30,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -377,10 +378,15 @@ def save_adapter(
     """Write a trained PeftModel as PEFT does, with the tokenizer and the manifest; of a sharded one on all processes."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = str(base.path), base.revision
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what belongs to no layer has stayed whole since the last forward pass, in memory that is FSDP's
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    whole = {name: parameter.full_tensor() for name, parameter in trained.items() if isinstance(parameter, DTensor)}  # FSDP's
+    sharded = any(isinstance(parameter, DTensor) for parameter in trained.values())  # by FSDP
+    whole = {name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter for name, parameter in trained.items()}
+    state = whole if sharded else None
     # DPO's has its reference, too.
-    model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False, state_dict=whole or None)
+    model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
     (directory / "README.md").unlink()  # PEFT's empty card; it would name a path of this machine
     base.tokenizer.save_pretrained(directory)
     write_manifest(directory, role=role, base=base, score_bias=score_bias, parents=parents)

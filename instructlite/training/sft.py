@@ -16,6 +16,7 @@ import trl.trainer.utils
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from torch.utils.data import DataLoader
 from trl import SFTConfig
 
 from ..config import Lora, SFTOptions
@@ -132,9 +133,10 @@ def held_out_metrics(trainer: SFTTrainer, suffix: str = "") -> dict[str, float]:
     order = sorted(range(len(rows)), key=lengths.__getitem__)  # similar lengths share a batch: less padding
     measured = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     batches = dealt(order, trainer.args.per_device_eval_batch_size, trainer.args.process_index, processes)
+    loader = DataLoader(rows, batch_sampler=[numbers for numbers, _ in batches], collate_fn=trainer.data_collator)
     with progress("sft: held-out loss", len(batches)) as advance:
-        for numbers, alone in batches:
-            inputs = send_to_device(trainer.data_collator([rows[i] for i in numbers]), accelerator.device)
+        for inputs, (_, alone) in zip(loader, batches, strict=True):
+            inputs = send_to_device(inputs, accelerator.device)
             with accelerator.autocast():
                 output = model(**inputs, use_cache=False, fused_lm_head=True)  # the head that TRL trains with
             found = torch.stack([-output.log_probs.double().sum(), output.label_mask.double().sum()])
