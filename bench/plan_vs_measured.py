@@ -1,13 +1,15 @@
-"""Peak memory as `instructlite plan` has it, beside what was measured: every stage of finished runs, and the PPO of ppo_vs_trl.json or
-ppo_gpu.json.
+"""Peak memory, or time, as `instructlite plan` has it, beside what was measured: every stage of finished runs, and the PPO of
+ppo_vs_trl.json or ppo_gpu.json.
 
-    python bench/plan_vs_measured.py [RUN ...] [--gpu] [--json FILE]
+    python bench/plan_vs_measured.py [RUN ...] [--gpu | --time] [--json FILE]
     instructlite run smollm2-135m --output runs/planned && python bench/plan_vs_measured.py runs/planned
 
 A run's stages.json has the peak of each stage, measured in a process of its own: resident memory, or with --gpu what torch allocated. The
 plan is made anew from the run's recipe.yaml and the data files it names; nothing is run here. What a plan of resident memory adds to the
-tensors is in planning.py: imports, what the allocator keeps, compiled kernels. Those numbers were fitted to runs of the 135M model on one
-machine, most of those recorded in results/plan_vs_measured.json: there the errors are those of a fit. Elsewhere they are a prediction.
+tensors is in planning/devices.py: imports, what the allocator keeps, compiled kernels. Those numbers were fitted to runs of the 135M model
+on one machine, most of those recorded in results/plan_vs_measured.json: there the errors are those of a fit; elsewhere, of a prediction.
+
+--time: seconds in place of memory, with the speed that `instructlite plan RECIPE --calibrate` has measured on the machine of the runs.
 """
 
 import argparse
@@ -19,9 +21,13 @@ from typing import Any
 import recording
 
 from instructlite.config import load_loop
+from instructlite.errors import InstructLiteError
 from instructlite.models import memory
 from instructlite.models.memory import PPOCycle
-from instructlite.planning import Device, StagePlan, plan, shapes_of
+from instructlite.planning.bases import shapes_of
+from instructlite.planning.devices import Device, this_device
+from instructlite.planning.plan import plan
+from instructlite.planning.stages import StagePlan
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPT_LENGTH = 22  # tokens of the prompts of ppo_vs_trl.py, in ChatML
@@ -36,6 +42,18 @@ def of_run(run: Path, gpu: bool) -> Iterator[dict[str, Any]]:
             largest = max(stage.phases.values())
             planned = stage.persistent + largest if gpu else stage.peak  # torch counts its tensors, not its context
             yield row(f"{run.name} {stage.stage}", planned, measured[stage.stage][field] * 2**20)
+
+
+def times_of(run: Path) -> Iterator[dict[str, Any]]:
+    measured = json.loads((run / "stages.json").read_text(encoding="utf-8"))
+    planned = plan(load_loop(run / "recipe.yaml"), this_device(), here=True)
+    if planned.speed is None:
+        raise InstructLiteError(f"{run}: no speed for its recipe here; instructlite plan {run / 'recipe.yaml'} --calibrate measures it")
+    for stage, duration in planned.durations.items():
+        if stage in measured and duration.known:
+            seconds = measured[stage]["seconds"]
+            ratio = round(duration.seconds / seconds, 3)
+            yield {"case": f"{run.name} {stage}", "planned_s": round(duration.seconds, 1), "measured_s": seconds, "ratio": ratio}
 
 
 def of_ppo_vs_trl() -> Iterator[dict[str, Any]]:
@@ -87,14 +105,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories with recipe.yaml and stages.json")
     parser.add_argument("--gpu", action="store_true", help="compare what torch allocated on the GPU")
+    parser.add_argument("--time", action="store_true", help="compare seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table")
     args = parser.parse_args(arguments)
-    rows = [found for run in args.runs for found in of_run(run, args.gpu)] + list(
-        of_ppo_gpu(RESULTS / "ppo_gpu.json") if args.gpu else of_ppo_vs_trl()
-    )
-    print(f"{'':32}{'planned GB':>12}{'measured GB':>13}{'ratio':>8}")
+    if args.time:
+        rows, unit = [found for run in args.runs for found in times_of(run)], "s"
+    else:
+        recorded = of_ppo_gpu(RESULTS / "ppo_gpu.json") if args.gpu else of_ppo_vs_trl()
+        rows, unit = [*(found for run in args.runs for found in of_run(run, args.gpu)), *recorded], "gb"
+    print(f"{'':32}{'planned':>12}{'measured':>13}{'ratio':>8}  ({'GB' if unit == 'gb' else unit})")
     for found in rows:
-        print(f"{found['case']:32}{found['planned_gb']:12.2f}{found['measured_gb']:13.2f}{found['ratio']:8.2f}")
+        print(f"{found['case']:32}{found[f'planned_{unit}']:12.2f}{found[f'measured_{unit}']:13.2f}{found['ratio']:8.2f}")
     worst = max((abs(found["ratio"] - 1) for found in rows), default=0.0)
     print(f"largest error {100 * worst:.0f} % of {len(rows)} cases")
     if args.json:

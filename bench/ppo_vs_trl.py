@@ -1,6 +1,6 @@
 """The same PPO work done by stock TRL 1.12 and by InstructLite: memory of the weights, peak memory, speed.
 
-    python bench/ppo_vs_trl.py [--rounds 3] [--updates 3] [--micro-batch 4] [--trl-micro-batch 16] [--json FILE]
+    python bench/ppo_vs_trl.py [--rounds 3] [--updates 3] [--micro-batch 8] [--trl-micro-batch 16] [--json FILE]
 
 Same model, prompts (the same token ids), rollout batch, response length (nothing ends a response early, so both make the same number
 of tokens), one epoch, one minibatch, bf16, and a LoRA policy of rank 16 on all linear layers. TRL holds value and reward model as full
@@ -208,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turns; medians are reported")
     parser.add_argument("--updates", type=int, default=3, help="updates a measurement; the first is not timed")
-    parser.add_argument("--micro-batch", type=int, default=4, help=f"rows of a backward pass, of the {BATCH} of an update, on our side")
+    parser.add_argument("--micro-batch", type=int, default=8, help=f"rows of a backward pass, of the {BATCH} of an update, on our side")
     parser.add_argument("--trl-micro-batch", type=int, default=BATCH, help="the same on TRL's side")
     parser.add_argument("--model", default="smollm2-135m", help="Hub id or directory of the base")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results, settings and every round's numbers")

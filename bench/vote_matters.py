@@ -2,12 +2,16 @@
 
     python bench/vote_matters.py RUN [KEY=VALUE ...] [--votes 60] [--likes NAME] [--control] [--output DIRECTORY] [--json FILE]
 
-RUN is a directory that `instructlite run` or `instructlite demo` wrote; it is copied to the output directory and not touched. The voter
+RUN is a directory that `instructlite run` or `instructlite demo` wrote; it is copied to the output directory and not touched. What was
+interrupted goes on with the same command. The voter
 sees what a person in the app would see, through the same store: answers in an order of his own, without names. Where some answers have
 the property and others do not, the former are better; else he says that they tie. After so many votes that were no ties the round goes
 on as `instructlite round` does. The share of answers with the property is then measured on held-out prompts, for SFT, the last policy and
 the new one, in the same batches; differences come with 95 % intervals by bootstrap over prompts. More PPO moves a policy whatever people
 said: `--control` runs a second round from the same answers, with as many votes by tossing coins.
+
+Of the properties, "you" stands in about half of the demo's answers, so that most sets differ in it. An exclamation mark at the end does in
+2 % of them (2026-11-21): 140 sets then hold 17 to vote on.
 """
 
 import argparse
@@ -15,7 +19,6 @@ import json
 import random
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,21 +59,27 @@ def cast(run: Path, wanted: int, likes: Callable[[str], bool]) -> dict[str, int]
     """Votes through the store, one showing after the other, until `wanted` of them are no ties."""
     store = Store(run, votes_per_minute=None)
     voter = store.voter(name="bench")
-    votes = ties = answers = liked = 0
-    while votes < wanted:
+    while (counts := counted(store))["votes"] < wanted:
         item = choose(store.waiting(voter.key), voter.key, overlap=1)
         if item is None:
-            break
+            raise SystemExit(
+                f"only {counts['votes']} sets of answers differ in the property, {wanted} are wanted: raise round.prompt_limit"
+            )
         showing = store.show(item, voter.key)
         has = [likes(text) for text in showing.answers]
-        answers, liked = answers + len(has), liked + sum(has)
         store.vote(showing.ticket, voter.key, Ballot(tuple(int(any(has) and not one) for one in has)))
-        decided = 0 < sum(has) < len(has)
-        votes, ties = votes + decided, ties + (not decided)
     store.close()
-    if votes < wanted:
-        raise SystemExit(f"only {votes} of the sets of answers differ in the property, {wanted} are wanted: more prompts or round.answers")
-    return {"votes": votes, "ties": ties, "answers_shown": answers, "with_property": liked}
+    return counts
+
+
+def counted(store: Store) -> dict[str, int]:
+    """From the ballots: the best answers of a decided vote are those with the property."""
+    votes = [[answer.rank for answer in vote.answers] for vote in store.votes()]
+    decided = [ranks for ranks in votes if len(set(ranks)) > 1]
+    return {
+        "votes": len(decided), "ties": len(votes) - len(decided),
+        "answers_in_votes": sum(map(len, decided)), "preferred": sum(ranks.count(0) for ranks in decided),
+    }  # fmt: skip
 
 
 def shares(report: Path, likes: Callable[[str], bool]) -> dict[str, np.ndarray]:
@@ -91,23 +100,37 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
     return {"mean": mean.value, "low": mean.low, "high": mean.high}
 
 
-def prepared(source: Path, output: Path, overrides: list[str], characters: int) -> None:
+def copied(source: Path, target: Path, *left_out: str) -> Path:
+    """Whole or not there."""
+    if not target.exists():
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*left_out))
+        partial.rename(target)
+    return target
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    file = run / "rounds" / "01" / "round.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def prepared(source: Path, run: Path, overrides: list[str], characters: int) -> Path:
     """A copy of the run whose round has its answers up for voting."""
-    if output.exists():
-        raise SystemExit(f"{output}: exists; remove it, or name another place with --output")
-    shutil.copytree(source, output, ignore=shutil.ignore_patterns("rounds", "votes.sqlite*", "*.partial", "lock", "owner.json"))
-    write_records(output / "data" / "fresh_prompts.jsonl", fresh_prompts(output, characters))
+    copied(source, run, "rounds", "votes.sqlite*", "*.partial", "lock", "owner.json")
+    write_records(run / "data" / "fresh_prompts.jsonl", fresh_prompts(run, characters))
     settings = [f"{key}={value}" for key, value in SETTINGS.items()]
-    prompts = f"round.prompts={output / 'data' / 'fresh_prompts.jsonl'}"
-    run_round(output, [prompts, *settings, *overrides], isolate=True, say=say)
+    run_round(run, [f"round.prompts={run / 'data' / 'fresh_prompts.jsonl'}", *settings, *overrides], isolate=True, say=say)
+    return run
 
 
 def learnt(run: Path, votes: dict[str, int], likes: Callable[[str], bool]) -> dict[str, Any]:
     """The rest of the round, and the shares on held-out prompts; the new policy is the last of them."""
-    result = run_round(run, [f"round.votes={votes['votes'] + votes['ties']}"], isolate=True, say=say)
-    by_candidate = shares(result.directory / "report", likes)
+    if not state_of(run).get("finished"):
+        run_round(run, [f"round.votes={votes['votes'] + votes['ties']}"], isolate=True, say=say)
+    by_candidate = shares(run / "rounds" / "01" / "report", likes)
     *others, new = by_candidate
-    state = json.loads((result.directory / "round.json").read_text(encoding="utf-8"))
+    state = state_of(run)
     metrics = state["metrics"] | {"ppo": {key: state["metrics"]["ppo"][key] for key in ("first", "last", "steps", "episodes")}}
     return {
         **votes, "held_out_prompts": len(by_candidate[new]),
@@ -120,21 +143,19 @@ def learnt(run: Path, votes: dict[str, int], likes: Callable[[str], bool]) -> di
 
 def measured(source: Path, output: Path, overrides: list[str], wanted: int, name: str, characters: int, control: bool) -> dict[str, Any]:
     """A round by the votes of who likes the property; with `control` also one, from the same answers, by the votes of who tosses coins."""
-    likes, start, coin = PROPERTIES[name], time.perf_counter(), random.Random(0)
-    prepared(source, output, overrides, characters)
-    voters: dict[str, tuple[Path, Callable[[str], bool]]] = {"likes": (output, likes)}
-    if control:
-        voters["coin"] = (output.with_name(f"{output.name}-coin"), lambda text: coin.random() < 0.2)
-        shutil.copytree(output, voters["coin"][0])
+    likes, coin = PROPERTIES[name], random.Random(0)
+    answers = prepared(source, output / "answers", overrides, characters)
     result: dict[str, Any] = {"property": WORDS[name], "settings": {**SETTINGS, **dict(one.split("=", 1) for one in overrides)}}
-    for voter, (run, prefers) in voters.items():
+    voters: dict[str, Callable[[str], bool]] = {"likes": likes} | ({"coin": lambda text: coin.random() < 0.5} if control else {})
+    for voter, prefers in voters.items():
+        run = copied(answers, output / voter)
         votes = cast(run, wanted, prefers)
         say(f"voter '{voter}': {votes}")
         result[voter] = learnt(run, votes, likes)
     if control:
         ours, theirs = (np.array(result[voter]["by_prompt"]) for voter in voters)
         result["difference_to_coin"] = interval(ours - theirs)
-    return result | {"seconds": round(time.perf_counter() - start, 1)}
+    return result
 
 
 def say(line: str) -> None:
@@ -146,10 +167,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a finished run: recipe.yaml, data, sft, reward, ppo and perhaps judge")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options over the run's recipe and this program's settings")
     parser.add_argument("--votes", type=int, default=60, help="votes that are no ties (default: %(default)s)")
-    parser.add_argument("--likes", choices=PROPERTIES, default="exclamation", help="what the voter likes (default: %(default)s)")
+    parser.add_argument("--likes", choices=PROPERTIES, default="you", help="what the voter likes (default: %(default)s)")
     parser.add_argument("--characters", type=int, default=300, help="longest prompt (default: %(default)s)")
     parser.add_argument("--control", action="store_true", help="also a round by the votes of a voter who tosses coins")
-    parser.add_argument("--output", type=Path, default=Path("runs/vote-matters"), help="where the copy goes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/vote-matters"), help="where the copies go (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, shares and intervals")
     args = parser.parse_args()
     quiet_libraries()
@@ -161,7 +182,6 @@ def main() -> None:
         rows |= {f"{coin}, coins": result["coin"]["share"][coin], "to that by coins": result["difference_to_coin"]}
     for name, row in rows.items():
         print(f"  {name:18} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]")
-    print(f"seconds: {result['seconds']}")
     if args.json:
         recording.write(args.json, {**result, "versions": versions()})
 

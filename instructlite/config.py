@@ -392,14 +392,17 @@ def load_loop(name_or_path: str | os.PathLike, overrides: Iterable[str] = (), *,
 
 def recipes() -> dict[str, Path]:
     """The recipes that come with InstructLite, by name."""
+    return {path.stem: path for path in sorted(_recipe_folder().glob("*.yaml"))}
+
+
+def _recipe_folder() -> Path:
     inside = Path(__file__).parent / "recipes"  # in a wheel; in a checkout the folder stands beside the package
-    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
 def recipe_path(name_or_path: str | os.PathLike) -> Path:
-    """The file of a recipe given by name or by path."""
-    known = recipes()
+    """The file of a recipe given by name or by path, or of a launcher's configuration ("accelerate/ddp")."""
+    known = recipes() | {f"accelerate/{path.stem}": path for path in _recipe_folder().glob("accelerate/*.yaml")}
     if str(name_or_path) in known:
         return known[str(name_or_path)]
     path = Path(name_or_path)

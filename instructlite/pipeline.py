@@ -5,8 +5,8 @@ options, the data files, the adapters before it); a stage that would be made fro
 interrupted is not in the file: it starts over, or goes on from its last checkpoint (`resume`). Nothing is printed here: lines
 for the user go through `say`.
 
-Started by a launcher as several processes, all of them train. The main one alone reports and writes; the others wait for its
-files between the stages and are done when PPO is.
+Started by a launcher as several processes, all of them train, and answer for the report. The main one alone prints and writes; the
+others wait for its files between the stages.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .config import STAGES, DataOptions, Loop, is_optional, kind_of
-from .data.records import as_groups, data_hash, opening, read_ptx, read_records, split_by_prompt, write_records
+from .data.parts import parts_of, sources_of
+from .data.records import data_hash, read_ptx, read_records, write_records
 from .errors import BadRecords, InstructLiteError
 from .models.manifest import NAME as MANIFEST
 from .models.manifest import Adapter, is_adapter, sha256_file
@@ -126,7 +127,7 @@ def _run_stages(loop: Loop, run: Path, only: str | None, resume: bool, call: "Ca
                 train(stage, run / stage, inputs, loop.options(stage), ledger, call, again=only is not None, resume=resume, say=say)
             )
     # 6. Report
-    if only in (None, "report") and is_main_process():
+    if only in (None, "report"):
         stage_run, report = _report(loop, run, ledger, call, again=only is not None, say=say)
         done.append(stage_run)
     return LoopRun(run, done, report)
@@ -150,44 +151,16 @@ def prepare_data(options: DataOptions, directory: Path, ptx: Mapping[str, str | 
     Of several processes each reads, so that faults stop them all, and the main one writes. Raises BadRecords with the faults of
     all sources together.
     """
-    sources: dict[str, tuple[Any, str | None]] = {
-        "demonstrations": (options.demonstrations, "demonstrations"),
-        "comparisons": (options.comparisons, "comparisons"),
-        "rankings": (options.rankings, "rankings"),
-        "prompts": (options.prompts, "prompts"),
-        "heldout_demonstrations": (_file(options.heldout_demonstrations), "demonstrations"),
-        "judge": (_file(options.judge), None),
-        "heldout": (_file(options.heldout), None),
-    }
     ptx = ptx or {}
     texts = {name: source for name, source in ptx.items() if source != "demonstrations"}
-    rows = _read_all({name: source for name, source in sources.items() if source[0] is not None}, texts)
-    heldout_demonstrations = {"heldout_demonstrations": options.heldout_demonstrations}
-    sft = _split(rows["demonstrations"], "demonstrations", options.demonstration_limit, heldout_demonstrations, options.seed)
-    # One file holds one kind of record; a comparison is a ranking of two.
-    preferences = as_groups([*rows["comparisons"], *rows["rankings"]]) if "rankings" in rows else rows["comparisons"]
-    short, long = _by_answer_length(preferences, options.answer_characters)
-    compared = _split(short, "reward", options.comparison_limit, {"judge": options.judge, "heldout": options.heldout}, options.seed)
-    if "judge" in compared:
-        seen = {opening(row) for name in ("reward", "heldout") for row in compared[name]}
-        compared["judge"] += [row for row in long if opening(row) not in seen]
-    parts = {**rows, **sft, **compared}
-    # Of a file of prompts the other columns are kept: reward functions get them.
-    prompts = _prompts(rows.get("prompts", parts["reward"]), options.prompt_characters, columns="prompts" in rows)
-    parts["prompts"] = prompts[: options.prompt_limit]
-    parts["heldout_prompts"] = _prompts(parts["heldout"], options.prompt_characters)
-    for name in ("prompts", "heldout_prompts"):
-        if not parts[name]:
-            raise InstructLiteError(f"data.prompt_characters={options.prompt_characters} leaves no {name}; raise it")
-    parts |= {name: parts["demonstrations"] for name, source in ptx.items() if source == "demonstrations"}
+    rows = _read_all(sources_of(options), texts)
+    parts = parts_of(options, rows, ptx)
     names = [*FILES, *ptx]
     if is_main_process():
         _write_data(options, directory, {name: parts[name] for name in names})
     return ", ".join(f"{len(parts[name])} {name.replace('_', ' ')}" for name in names)
 
 
-EVALUATED = ("context", "reference", "category")
-"""Columns of held-out comparisons: what the candidate "context" is shown, what judges may compare with, and the use case."""
 FILES = ("demonstrations", "heldout_demonstrations", "reward", "judge", "heldout", "prompts", "heldout_prompts")
 
 
@@ -197,10 +170,6 @@ def _write_data(options: DataOptions, directory: Path, parts: dict[str, list[dic
         write_records(directory / f"{name}.jsonl", rows)
     counts = {name: {"rows": len(rows), "sha256": data_hash(rows)} for name, rows in parts.items()}
     (directory / "data.json").write_text(json.dumps({"options": asdict(options), "files": counts}, indent=2) + "\n", encoding="utf-8")
-
-
-def _file(part: int | float | str) -> str | None:
-    return part if isinstance(part, str) else None
 
 
 def _read_all(sources: Mapping[str, tuple[Any, str | None]], texts: Mapping[str, Any]) -> dict[str, list[dict]]:
@@ -214,35 +183,6 @@ def _read_all(sources: Mapping[str, tuple[Any, str | None]], texts: Mapping[str,
     if problems:
         raise BadRecords(problems)
     return rows
-
-
-def _split(records: list[dict], rest: str, limit: int | None, parts: Mapping[str, int | float | str], seed: int) -> dict[str, list[dict]]:
-    """The parts that are numbers or fractions, and what is left, at most `limit` rows of it, under the name `rest`."""
-    own = {name: part for name, part in parts.items() if not isinstance(part, str)}
-    sizes = {name: part if isinstance(part, int) else round(part * len(records)) for name, part in own.items()}
-    left = len(records) - sum(sizes.values())
-    if left < 1:
-        asked = " + ".join(f"data.{name}={parts[name]}" for name in sizes)
-        raise InstructLiteError(f"{asked} takes all {len(records)} rows: nothing is left for training; hold out fewer, or bring more rows")
-    return split_by_prompt(records, {**sizes, rest: min(left, limit or left)}, seed)
-
-
-def _by_answer_length(records: list[dict], characters: int | None) -> tuple[list[dict], list[dict]]:
-    longest = [max(map(len, group["responses"])) for group in as_groups(records)]
-    parts: tuple[list[dict], list[dict]] = ([], [])
-    for record, length in zip(records, longest, strict=True):
-        parts[characters is not None and length > characters].append(record)
-    return parts
-
-
-def _prompts(records: list[dict], characters: int | None, columns: bool = False) -> list[dict]:
-    """The different conversations of the records, in order, but for those that are too long; with all of their other columns, or with
-    those that evaluation knows."""
-    rows = {
-        json.dumps(row["prompt"]): {name: value for name, value in row.items() if columns or name in ("prompt", *EVALUATED)}
-        for row in records
-    }.values()
-    return [row for row in rows if characters is None or sum(len(turn["content"]) for turn in row["prompt"]) <= characters]
 
 
 def recipe_class(stage: str) -> type:

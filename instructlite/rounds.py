@@ -33,7 +33,7 @@ from .models.manifest import Adapter, is_adapter
 from .pipeline import Ledger, Say, in_own_process, in_this_process, made_of, recipe_class, stage_inputs, train
 from .progress import progress
 from .training.interrupt import Interruption
-from .training.work import has_saved, locked, read_json, work_directory, write_text
+from .training.work import has_saved, launched, locked, read_json, work_directory, write_text
 
 if TYPE_CHECKING:
     from .evaluation.report import Report
@@ -77,6 +77,8 @@ def run_round(
     votes that were cast elsewhere; with it, or with a judge, the round goes on however many votes there are. wait: for people, in place of
     returning. Raises InstructLiteError before anything is drawn for bad options, prompts that are held out, and a run without its adapters.
     """
+    if launched():
+        raise InstructLiteError("a round is made by one process: start it without accelerate launch or torchrun")
     again = f"run_round({str(run)!r})"
     run = Path(run)
     if not (run / "recipe.yaml").is_file():

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from instructlite import evaluate
 from instructlite.config import Lora
 from instructlite.errors import InstructLiteError
-from instructlite.evaluation import kept
+from instructlite.evaluation import compare, kept
 from instructlite.evaluation.compare import Comparison
 from instructlite.evaluation.judges import language_model
 from instructlite.evaluation.judging import Decoding
@@ -208,11 +208,26 @@ def test_identical_candidates_are_an_exact_draw_at_no_distance(runs, tmp_path):
     found = evaluate(
         [runs / "sft", tmp_path / "twin"], PROMPTS, runs / "judge", heldout_demonstrations=DEMONSTRATIONS, batch_size=3, **FAST
     )
-    greedy = row(found.win_rates, decoding="greedy")
-    assert [greedy[name] for name in ("rate", "low", "high", "gain", "gain_low", "gain_high")] == [0.5, 0.5, 0.5, 0, 0, 0]
+    for decoding in ("sampled", "greedy"):
+        rate = row(found.win_rates, decoding=decoding)
+        assert [rate[name] for name in ("rate", "low", "high", "gain", "gain_low", "gain_high")] == [0.5, 0.5, 0.5, 0, 0, 0]
     sft, twin = found.candidates
     assert (twin["kl"], twin["kl_standard_error"], twin["perplexity"]) == (0, 0, sft["perplexity"])
-    assert texts(found, candidate="sft", decoding="sampled") != texts(found, candidate="twin", decoding="sampled"), "draws are their own"
+    assert texts(found, candidate="sft", decoding="sampled") == texts(found, candidate="twin", decoding="sampled")
+
+
+def test_what_a_candidate_is_called_changes_no_answer(report, runs):
+    renamed = evaluate({"one": "base", "two": runs / "sft", "three": runs / "ppo"}, PROMPTS, runs / "judge", **FAST)
+    for name, other in zip(("base", "sft", "ppo"), ("one", "two", "three"), strict=True):
+        assert texts(renamed, candidate=other) == texts(report, candidate=name)
+
+
+def test_the_best_of_n_is_not_drawn_from_the_answers_that_it_meets(runs):
+    found = evaluate(
+        [runs / "sft", "best-of-2"], PROMPTS, runs / "judge", reward=runs / "reward", samples=2, max_new_tokens=8, greedy=False
+    )
+    plain, best = (texts(found, candidate=name) for name in ("sft", "best-of-2"))
+    assert not set(plain) & set(best)
 
 
 def test_answers_to_one_prompt_are_drawn_apart(report):
@@ -381,9 +396,9 @@ def test_few_shot_answers_what_the_base_answers_after_the_demonstrations(wide, t
     assert texts(wide, candidate="base", decoding="greedy") != expected
 
 
-def test_the_best_of_n_is_what_the_training_reward_model_scores_highest(wide, runs, tmp_path):
-    shutil.copytree(runs / "sft", tmp_path / "best-of-4")  # of one name and the same weights: the same answers are drawn
-    all_drawn = evaluate([tmp_path / "best-of-4"], PROMPTS, runs / "reward", samples=8, max_new_tokens=8, greedy=False)
+def test_the_best_of_n_is_what_the_training_reward_model_scores_highest(wide, runs, monkeypatch):
+    monkeypatch.setattr(compare, "Asked", lambda name, role, prompt, number, draws: kept.Asked(name, role, prompt, number, 4))
+    all_drawn = evaluate([runs / "sft"], PROMPTS, runs / "reward", samples=8, max_new_tokens=8, greedy=False)
     best = []
     for entry in all_drawn.answers:
         answers = entry["answers"]

@@ -9,14 +9,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from processes import in_two_processes
 from test_ppo_trainer import PTX, config, digest, roles, share_of_vowels
-from torch.multiprocessing import start_processes
 
 from instructlite.cli import main
 from instructlite.data.records import write_records
@@ -110,25 +109,6 @@ def stop_together(base: str, out: str, processes: int, where: str) -> dict:
     with pytest.raises(InstructLiteError) as error:
         trainer.train()
     return {"said": str(error.value), "step": trainer.state.global_step}
-
-
-def process(rank: int, processes: int, port: int, out: str, function, arguments: tuple) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    torch.save(function(*arguments), f"{out}/result-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def in_two_processes(function, base: Path, out: Path, *arguments) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["instructlite.training.ppo", "instructlite.training.reward", "instructlite.evaluation.compare"])
-    start_processes(process, (2, port, str(out), function, (str(base), str(out), 2, *arguments)), nprocs=2, start_method="forkserver")
-    return [torch.load(out / f"result-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")

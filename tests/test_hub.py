@@ -25,13 +25,16 @@ from instructlite.cli import app, main
 from instructlite.errors import InstructLiteError
 from instructlite.evaluation.candidates import candidates_of
 from instructlite.evaluation.report import Report
+from instructlite.evaluation.runs import policies
 from instructlite.models.base import load_base
-from instructlite.models.manifest import Adapter, is_adapter
+from instructlite.models.engine import Engine
+from instructlite.models.manifest import Adapter, adapters_in, is_adapter
 from instructlite.sharing import contents, hub
 from instructlite.sharing.card import model_card
 from instructlite.sharing.hub import HubError
 
 BASE = "me/tiny-base"
+FOLDERS = ["sft", "dpo", "ppo-ptx", "ppo", "reward", "judge"]
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +46,16 @@ def finished(tiny_path, tmp_path_factory):
     reward = make_adapter(base, run / "reward", 3, reward=True, parents={"sft": sft.sha256})
     make_adapter(base, run / "judge", 4, reward=True, parents={"sft": sft.sha256})
     make_adapter(base, run / "ppo", 2, parents={"sft": sft.sha256, "reward": reward.sha256})
-    for stage in ("sft", "reward", "judge", "ppo"):
+    make_adapter(base, run / "ppo-ptx", 6, parents={"sft": sft.sha256, "reward": reward.sha256})
+    make_adapter(base, run / "dpo", 5, parents={"sft": sft.sha256})
+    for stage in FOLDERS:
         config = {"model": str(run / "sft"), "data": str(run / "data" / "x.jsonl"), "revision": None, "lora": {"r": 4}}
-        record = {"recipe": stage.replace("judge", "reward"), "config": config, "versions": {"torch": "2"}, "metrics": {"health": {}}}
+        record = {
+            "recipe": stage.replace("judge", "reward").partition("-")[0],
+            "config": config,
+            "versions": {"torch": "2"},
+            "metrics": {"health": {}},
+        }
         record["data"] = {"prompts": {"rows": 5, "sha256": "ab" * 32}}
         (run / stage / "run.json").write_text(json.dumps(record))
     (run / "recipe.yaml").write_text(
@@ -97,13 +107,13 @@ def test_a_run_becomes_one_repository_in_one_commit(run, online):
     repo = online.repos["me/mine"]
     assert repo.private and len(commits(online)) == 1 and done.changed and done.commit == repo.sha
     files = repo.files("main")
-    assert {name.split("/")[0] for name in files if "/" in name} == {"sft", "reward", "judge", "ppo", "report"}
+    assert {name.split("/")[0] for name in files if "/" in name} == {*FOLDERS, "report"}
     assert (
         files["adapter_model.safetensors"] == files["ppo/adapter_model.safetensors"] == (run / "ppo/adapter_model.safetensors").read_bytes()
     )
     allowed = {"README.md", "recipe.yaml", "report/report.json", "report/report.md", "report/report.html"}
     each = {"adapter_model.safetensors", "adapter_config.json", "instructlite.json", "run.json", "tokenizer.json", "tokenizer_config.json"}
-    allowed |= {f"{folder}{name}" for folder in ("", "sft/", "reward/", "judge/", "ppo/") for name in (*each, "chat_template.jinja")}
+    allowed |= {f"{folder}{name}" for folder in ("", *(f"{one}/" for one in FOLDERS)) for name in (*each, "chat_template.jinja")}
     assert set(files) == allowed
     assert done.sizes == {name: len(data) for name, data in files.items()}
 
@@ -274,9 +284,18 @@ def test_what_a_new_push_lacks_is_deleted_and_what_others_put_there_is_not(run, 
     online.repos["me/mine"].commits[-1]["notes/mine.txt"] = b"kept"
     shutil.rmtree(run / "report")
     shutil.rmtree(run / "judge")
+    shutil.rmtree(run / "ppo-ptx")
     push(run)
     files = online.repos["me/mine"].files("main")
-    assert files["notes/mine.txt"] == b"kept" and not any(name.startswith(("report/", "judge/")) for name in files)
+    assert files["notes/mine.txt"] == b"kept" and not any(name.startswith(("report/", "judge/", "ppo-ptx/")) for name in files)
+
+
+def test_the_card_names_every_adapter_and_which_stands_at_the_root(run):
+    shown = push(run, dry_run=True).card
+    table = shown.partition("## What is here")[2].partition("##")[0]
+    assert re.findall(r"^\| \[([\w-]+)/\]", table, re.MULTILINE) == FOLDERS and "| the root | the policy, the same as `ppo/` |" in table
+    shutil.rmtree(run / "ppo")
+    assert "the policy, the same as `ppo-ptx/`" in push(run, dry_run=True).card
 
 
 @pytest.mark.parametrize("part", ["repos/create", "preupload", "objects/batch", "/lfs/", "/commit/"])
@@ -405,8 +424,7 @@ def test_a_repository_is_a_model_a_candidate_and_a_judge(run, online, tiny_path,
     assert (adapter.name, str(adapter), adapter.sha256) == ("ppo", "me/mine/ppo", Adapter.load(run / "ppo").sha256)
     here = Report.load(run / "report")
     assert [candidate.name for candidate in candidates_of(["base", "me/mine/sft", "me/mine"])] == ["base", "sft", "mine"]
-    named = {"base": "base", "sft": "me/mine/sft", "ppo": "me/mine"}  # an answer's random numbers depend on the name, too
-    report = evaluate(named, PROMPTS, "me/mine/judge", **FAST)
+    report = evaluate(["base", "me/mine/sft", "me/mine"], PROMPTS, "me/mine/judge", **FAST)
     assert [row["mean_reward"] for row in report.candidates] == [row["mean_reward"] for row in here.candidates]
     training = {"max_steps": 1, "per_device_train_batch_size": 1}
     again = SFTRecipe(model="me/mine/sft", data=DEMONSTRATIONS, training=training).run(tmp_path / "again")
@@ -414,11 +432,30 @@ def test_a_repository_is_a_model_a_candidate_and_a_judge(run, online, tiny_path,
     assert again.manifest.base == BASE and again.manifest.revision == online.repos[BASE].sha  # the commit that it was trained on
 
 
+def test_the_adapters_of_a_run_are_found_by_everybody_in_one_order_here_and_on_the_hub(run, online, tiny_path, tmp_path):
+    with_base(online, tiny_path)
+    push(run)
+    assert list(adapters_in(run)) == list(adapters_in("me/mine")) == FOLDERS
+    assert policies(run) == FOLDERS[:4]
+    assert {name: one.sha256 for name, one in adapters_in("me/mine").items()} == {
+        name: one.sha256 for name, one in adapters_in(run).items()
+    }
+    for source in (run, "me/mine"):  # as `app` and `serve` do
+        with Engine.load(source) as engine:
+            assert [pane.name for pane in engine.panes] == ["base", "sft", "dpo", "ppo-ptx", "ppo"]
+    push_to_hub(run / "sft", "me/one", base_model=BASE)
+    assert adapters_in("me/one") == adapters_in("me/nothing") == adapters_in("me/mine/sft") == adapters_in(tmp_path) == {}
+    with Engine.load("me/one") as engine:
+        assert [pane.name for pane in engine.panes] == ["base", "one"]
+
+
 def test_what_was_downloaded_works_without_the_hub(run, online, monkeypatch):
     push(run)
     Adapter.load("me/mine")
+    assert list(adapters_in("me/mine")) == FOLDERS
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert Adapter.load("me/mine").sha256 == Adapter.load(run / "ppo").sha256
+    assert list(adapters_in("me/mine")) == FOLDERS
 
 
 def test_a_revision_can_be_named(run, online):

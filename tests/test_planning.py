@@ -16,14 +16,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from instructlite import planning
 from instructlite.cli import app
 from instructlite.config import Loop, load_loop, recipes
 from instructlite.data.records import write_records
 from instructlite.errors import InstructLiteError
 from instructlite.models import memory
 from instructlite.models.memory import PPOCycle, Shapes
-from instructlite.planning import BASES, Device, Lengths, card, lengths_of, plan, shapes_of
+from instructlite.planning import plan as planning
+from instructlite.planning.bases import BASES, shapes_of
+from instructlite.planning.devices import CARDS, Device, card
+from instructlite.planning.lengths import Lengths, lengths_of
+from instructlite.planning.plan import Plan, notices, plan
+from instructlite.planning.stages import StagePlan
 
 BENCH = Path(__file__).parent.parent / "bench"
 LONG = Lengths(demonstration=600, completion=400, compared=700, judged=700, prompt=300)
@@ -159,7 +163,7 @@ def loop(**changes) -> Loop:
     return replace(load_loop("llama3.1-8b", complete=False), **changes)
 
 
-def stage(name: str, planned: planning.Plan) -> planning.StagePlan:
+def stage(name: str, planned: Plan) -> StagePlan:
     return next(stage for stage in planned.stages if stage.stage == name)
 
 
@@ -261,9 +265,9 @@ def test_a_config_of_the_users_own_is_read(tiny_path, tmp_path):
 
 def test_a_run_that_will_not_fit_is_warned_about(monkeypatch):
     monkeypatch.setattr(planning, "this_device", lambda gpus=1: Device(True, 12e9))
-    lines = planning.doubts(loop())
-    assert any(line.startswith("ppo will need about") and "ppo.training." in line for line in lines)
-    assert planning.doubts(loop(model="me/unknown")) == []
+    lines = notices(loop())
+    assert any(line.startswith("memory: ppo will need about") and "ppo.training." in line for line in lines)
+    assert notices(loop(model="me/unknown")) == []
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------
@@ -291,7 +295,7 @@ def test_headers_and_table_of_the_recipes_say_what_is_planned(name):
     header = re.search(r"^# Planned peaks on a GPU.* --gpu (\d+)GB\): (.*)\.$", recipes()[name].read_text(encoding="utf-8"), re.MULTILINE)
     said = {stage: float(peak) for stage, peak in (part.split() for part in header[2].split(", "))}
     assert said == pytest.approx({stage.stage: stage.peak / 1e9 for stage in planned.stages}, rel=0.1)
-    assert int(header[1]) in planning.CARDS
+    assert int(header[1]) in CARDS
     assert planned.peak <= int(header[1]) * 1e9
     table = (recipes()[name].parent / "README.md").read_text(encoding="utf-8")
     row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |")).split(" | ")

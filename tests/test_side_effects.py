@@ -17,7 +17,7 @@ from instructlite.evaluation import references, statistics
 from instructlite.evaluation.judges import LanguageModelJudge
 from instructlite.evaluation.prompt_sets import prompt_set
 from instructlite.evaluation.report import Report
-from instructlite.evaluation.side_effects import MEASURES, Answered, SideEffects, side_effects
+from instructlite.evaluation.side_effects import MEASURES, AnsweredSet, SideEffects, side_effects
 from instructlite.models.base import load_base
 from instructlite.models.roles import RoleModel
 from instructlite.models.sampling import Sampling, generate, log_probs
@@ -98,7 +98,7 @@ def run(tiny_path, tmp_path_factory):
 def held_out(run):
     prompts, sampling = prompt_set("held-out", [{"prompt": text} for text in ("Hi", "Why?", "Sing!")]), Sampling(8, 0.7)
     answers = run.answers_to(prompts.rows, sampling, 2, "")
-    return Answered(prompts, "sampled", sampling, 2, answers)
+    return AnsweredSet(prompts, "sampled", sampling, 2, answers)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_without_a_judge_or_a_readable_verdict_nothing_is_made_up(run, held_out)
 
 
 def test_greedy_answers_have_no_entropy_and_no_kl(run, held_out):
-    greedy = Answered(held_out.set, "greedy", Sampling(8, 0.0), 1, run.answers_to(held_out.set.rows, Sampling(8, 0.0), 1, ""))
+    greedy = AnsweredSet(held_out.set, "greedy", Sampling(8, 0.0), 1, run.answers_to(held_out.set.rows, Sampling(8, 0.0), 1, ""))
     found = side_effects(run, SideEffects(**SMALL, prompts=1), Sampling(4), held_out=[greedy])
     own = {row["measure"] for row in found if row["decoding"] == "greedy"}
     assert "length" in own and not own & {"entropy", "kl", "customer_assistant"}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InstructLiteError
+from ..training.work import is_main_process
 
 if TYPE_CHECKING:
     from ..evaluation.judges import LanguageModelJudge
@@ -91,6 +92,8 @@ def evaluate(
 
         options |= {} if samples is None else {"samples": samples}
         report = compare(candidates, judge=judges, side_effects=_side_effects(side_effects, toxicity), **options)
+    if not is_main_process():
+        return
     print(report)
     print(f"\nWritten: {output / 'report.html'}, with report.md and report.json beside it")
 

@@ -71,10 +71,10 @@ def run_stages(loop: "Loop", output: Path, only: str | None = None, resume: bool
             console.print(f"[{clock(time.perf_counter() - start)}] {line}")
 
     if only is None and is_main_process():
-        from ..planning import doubts
+        from ..planning.plan import notices
 
-        for line in doubts(loop):
-            say(f"memory: {line}")
+        for line in notices(loop):
+            say(line)
     say(f"{loop.model} into {output}: loading the libraries")
     from ..training.recipe import quiet_libraries
 

@@ -13,7 +13,7 @@ KEY = "INSTRUCTLITE_API_KEY"
 
 def serve(
     source: Annotated[
-        list[str], typer.Argument(metavar="RUN|ADAPTER", help="A run with its adapters, or adapters and Hub repositories of one base.")
+        list[str], typer.Argument(metavar="RUN|ADAPTER|USER/REPO", help="A run, or adapters of one base, here or on the Hub.")
     ],
     host: Annotated[str, typer.Option(help=f"Other than this machine's own addresses only with {KEY} set.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from ..feedback.app.server import Address
 
 PAGES = ("compare", "arena", "insight")
-FOLDERS = ("sft", "dpo", "ppo", "reward", "judge")  # where `push` puts the adapters of a run
 
 
 def app(
@@ -66,7 +65,7 @@ def serve_adapters(
         print(f"The votes were damaged. They lie in {store.moved_aside} now; new ones go into {store.path}.")
     quiet_libraries()
     print(f"Loading {', '.join(adapters)} …")
-    with Engine.load(_adapters_of(adapters), limits=Limits(new_tokens=max(512, max_new_tokens))) as engine:
+    with Engine.load(adapters[0] if len(adapters) == 1 else list(adapters), limits=Limits(new_tokens=max(512, max_new_tokens))) as engine:
         made = application(
             engine, store, prompts=asked, sampling=Sampling(max_new_tokens, temperature), users=users,
             pages=[f"/{name}" for name in pages], address=address,
@@ -84,16 +83,3 @@ def _prompts_of(run: Path | None) -> str | list[dict]:
         (path for path in (run / "data" / "prompts.jsonl", run / "data" / "heldout_prompts.jsonl") if path.is_file()), None
     )
     return str(found) if found else [{"prompt": text, "category": use_case} for use_case, text in EXAMPLES]
-
-
-def _adapters_of(given: Sequence[str]) -> str | list[str]:
-    """A run as it is; of a repository that a run was pushed to, all of its adapters."""
-    from ..models import fetch
-    from ..models.manifest import NAME
-
-    found = fetch.reference(given[0]) if len(given) == 1 else None
-    if found is None or found[1]:
-        return given[0] if len(given) == 1 else list(given)
-    repo, _, revision = found
-    parts = [f"{repo}/{folder}{f'@{revision}' if revision else ''}" for folder in FOLDERS]
-    return [part for part in parts if fetch.holds(part, NAME)] or given[0]

@@ -25,6 +25,7 @@ from ..models.base import base_of, lora_config
 from ..models.roles import RoleModel
 from ..models.sampling import Sampling
 from ..progress import Advance, progress
+from ..training.peers import Peers
 from . import statistics
 from .candidates import Candidate, Model, Prompting, candidates_of
 from .curves import training_of
@@ -34,8 +35,9 @@ from .kept import FILE, Asked, Kept, KeptModel
 from .metrics import distinct, kl_per_answer, perplexity, repeated
 from .prompt_sets import PromptSet, category_in
 from .report import Report
-from .side_effects import Answered, SideEffects
+from .side_effects import AnsweredSet, SideEffects
 from .side_effects import side_effects as measure_side_effects
+from .workers import Workers
 
 SHOWN_LOSSES, SHOWN_OTHERS = 4, 4
 MOST_COMPARISONS = 200  # of people, that a language model is asked about in both orders
@@ -79,6 +81,9 @@ def evaluate(
     needs no more). Rows of `data` may carry a `context`, and a `reference` to judge by. output_dir: see `Report.save`; what was drawn,
     scored and said is kept there, too.
 
+    Several processes of a launcher share the work: all of them call this and get the report, the main one alone asks language models
+    and writes.
+
     Raises InstructLiteError for adapters that are damaged or of different bases, and where no prompt is left.
     """
     _check(temperature, ratings, samples=samples, max_new_tokens=max_new_tokens, batch_size=batch_size, prompts=prompts)
@@ -93,29 +98,38 @@ def evaluate(
     # 1. One base; every candidate and judge is verified and hung into it
     with _phase(seconds, "load"):
         model = _load(entrants, [*judges, *([chooser] if chooser else [])])
-    kept = Kept(None if directory is None else directory / FILE)
     # 2. The different prompts that fit
     context = model.base.context
     chosen, counts = _prompts(model, rows, min(context - max_new_tokens, max_prompt_length or math.inf), prompts)
     prompting = Prompting.of(model.base.encode_prompt, context - max_new_tokens, shots, seed)
-    computing, judges = KeptModel(model, kept, batch_size, partial(_phase, seconds)), [*judges, *_people(votes, entrants)]
-    run = Comparison(computing, entrants, judges, chooser, chosen, prompting, seed, seconds)
-    # 3. Answers
-    decodings = [Decoding("sampled", Sampling(max_new_tokens, temperature), samples)]
-    decodings += [Decoding("greedy", Sampling(max_new_tokens, 0.0), 1)] if greedy else []
-    for decoding in decodings:
-        run.answer(decoding)
-    # 4. Side effects, KL to the reference on own answers, perplexity on people's  5. Judges, and the report
+    workers = Workers.of_this_launch()
+    kept = Kept(None if directory is None or (workers and workers.rank) else directory / FILE)
+    computing = KeptModel(model, kept, batch_size, partial(_phase, seconds), workers=workers)
+    run = Comparison(computing, entrants, [*judges, *_people(votes, entrants)], chooser, chosen, prompting, seed, seconds)
     settings = {
         **counts, "samples": samples, "temperature": temperature, "greedy": greedy, "max_new_tokens": max_new_tokens,
         "max_prompt_length": max_prompt_length, "batch_size": batch_size, "seed": seed, **_counted("heldout_demonstrations", heldout),
     }  # fmt: skip
-    measured = run.side_effects(effects, decodings, heldout) if effects else []
-    report = run.report(decodings, settings, run.kl(decodings[0]), run.perplexity(heldout) if heldout else {}, judged, ratings)
-    report.side_effects = measured
-    if output_dir is not None:
-        report.save(output_dir)
-    return report
+
+    def compared() -> Report:
+        # 3. Answers
+        decodings = [Decoding("sampled", Sampling(max_new_tokens, temperature), samples)]
+        decodings += [Decoding("greedy", Sampling(max_new_tokens, 0.0), 1)] if greedy else []
+        for decoding in decodings:
+            run.answer(decoding)
+        # 4. Side effects, KL to the reference on own answers, perplexity on people's  5. Judges, and the report
+        measured = run.side_effects(effects, decodings, heldout) if effects else []
+        report = run.report(decodings, settings, run.kl(decodings[0]), run.perplexity(heldout) if heldout else {}, judged, ratings)
+        report.side_effects = measured
+        if output_dir is not None:
+            report.save(output_dir)
+        return report
+
+    if workers is None:
+        return compared()
+    with Peers("what was answered and scored is kept: start it again") as peers:
+        peers.meet()
+        return workers.serve(run.model_of) if workers.rank else workers.lead(compared)
 
 
 @dataclass
@@ -152,7 +166,8 @@ class Comparison:
         asked: dict[str | None, list[Asked]] = {}
         for (row, _), candidate in itertools.product(self.prompts, taking_part):
             ids = tuple(self.prompting.ids(candidate, row))
-            draws = [Asked(candidate.name, candidate.role, ids, i) for i in range(decoding.samples * candidate.draws)]
+            count = decoding.samples * candidate.draws
+            draws = [Asked(candidate.name, candidate.role, ids, i, candidate.draws) for i in range(count)]
             asked.setdefault(candidate.name if candidate.kind == "merged" else None, []).extend(draws)
         drawn: dict[str, list[list[int]]] = {candidate.name: [] for candidate in taking_part}
         for merged, part in asked.items():
@@ -231,6 +246,10 @@ class Comparison:
     def roles(self) -> RoleModel:
         return self.model.model
 
+    def model_of(self, merged: str | None) -> RoleModel:
+        """What a worker computes with."""
+        return self._model_of(merged).model
+
     def prompt_ids(self, candidate: Candidate, row: dict) -> list[int]:
         return self.prompting.ids(candidate, row)
 
@@ -246,7 +265,7 @@ class Comparison:
             for row, _ in self.prompts
         ]
         known = PromptSet("held-out", rows)
-        held_out = [Answered(known, one.name, one.sampling, one.samples, one.answers) for one in decodings]
+        held_out = [AnsweredSet(known, one.name, one.sampling, one.samples, one.answers) for one in decodings]
         return measure_side_effects(self, options, decodings[0].sampling, held_out=held_out, demonstrations=demonstrations)
 
     def _model_of(self, merged: str | None) -> KeptModel:
@@ -262,7 +281,9 @@ class Comparison:
                     raise InstructLiteError(f"{path}: its {what.split('_')[0]} is not that of {own.id}: its answers cannot be judged by it")
             # A RoleModel has at least one adapter; this one is never active.
             model = RoleModel.load(base, {"spare": lora_config(Lora(r=1, alpha=1, top_layers=1), base.model, "CAUSAL_LM")})
-            self._merged[merged] = KeptModel(model, self.model.kept, self.model.batch_size, self.model.phase)
+            self._merged[merged] = KeptModel(
+                model, self.model.kept, self.model.batch_size, self.model.phase, workers=self.model.workers, merged=merged
+            )  # fmt: skip
         return self._merged[merged]
 
     def report(

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..errors import InstructLiteError
 from ..models.roles import RoleModel
-from ..models.sampling import Sampling, generate, log_probs, score
+from ..models.sampling import Sampling
 from ..models.sampling import Sequence as Tokens
 from ..progress import progress
+from .workers import Workers, computed
 
 FILE = "kept.sqlite"
 MEANING = 1
@@ -61,12 +62,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer to be drawn. name and number: whose it is and the how manieth, so that equal adapters draw answers of their own."""
+    """One answer to be drawn, the `number`-th to its prompt. name: whose it is; it decides nothing, a candidate may be called anything."""
 
     name: str
     role: str | None
     prompt: tuple[int, ...]
     number: int
+    draws: int = 1
+    """Of so many answers one is kept: best-of-n draws others than the adapter that it is compared with."""
 
 
 Phase = Callable[[str, int, int], Any]
@@ -76,31 +79,46 @@ Phase = Callable[[str, int, int], Any]
 class KeptModel:
     """A RoleModel that computes nothing twice."""
 
-    def __init__(self, model: RoleModel, kept: Kept, batch_size: int, phase: Phase = progress):
+    def __init__(
+        self, model: RoleModel, kept: Kept, batch_size: int, phase: Phase = progress, *, workers: Workers | None = None,
+        merged: str | None = None,
+    ):  # fmt: skip
+        """workers: the processes that share the work. merged: whose model it is for them, where it is not the base with all adapters."""
         self.model, self.kept, self.batch_size, self.phase = model, kept, batch_size, phase
+        self.workers, self.merged = workers, merged
         base = model.base
         self.identity = [MEANING, base.fingerprint, base.quantization, base.dtype, base.tokenizer_sha256, base.template_sha256]
 
     def answers(self, asked: Sequence[Asked], sampling: Sampling, seed: int, label: str) -> list[list[int]]:
-        """Token ids, in mixed batches; each answer has random numbers of its own."""
+        """Token ids, in mixed batches; each answer has random numbers of its own, from all that decides it (its key).
+
+        So different weights draw independently of each other, as win rates over all pairs of two candidates' answers assume:
+        with common random numbers a policy would meet its own answers, changed a little, and the rate would be that of such pairs.
+        Equal weights asked the same are one policy: one set of answers, and an exact draw.
+        """
         keys = [self._answer_key(one, sampling, seed) for one in asked]
         known = self.kept.get(keys)
         open_rows = {key: one for key, one in zip(keys, asked, strict=True) if key not in known}
-        names, rows = list(open_rows), list(open_rows.values())
-
-        def keep(numbers: list[int], answers: list[list[int]]) -> None:
-            new = {names[i]: answer for i, answer in zip(numbers, answers, strict=True)}
-            self.kept.put(new)
-            known.update(new)
-
+        names = sorted(open_rows, key=lambda key: len(open_rows[key].prompt))  # similar lengths share a batch: less padding
         with self.phase(label, len(set(keys)), len(known)) as advance:
-            if rows:
-                seeds = [int(key[:15], 16) for key in names]
-                generate(
-                    self.model, [list(one.prompt) for one in rows], [one.role for one in rows], sampling, seed=seeds,
-                    batch_size=self.batch_size, progress=advance, keep=keep,
-                )  # fmt: skip
+            for part in self._portions(names, self.batch_size):
+                rows = [(open_rows[key].prompt, open_rows[key].role, int(key[:15], 16)) for key in part]
+                new = dict(zip(part, self._compute("answers", rows, **asdict(sampling)), strict=True))
+                self.kept.put(new)
+                known |= new
+                advance(len(part))
         return [known[key] for key in keys]
+
+    def _compute(self, what: str, rows: Sequence[tuple], **options: Any) -> list:
+        """See `computed`."""
+        if self.workers is None:
+            return computed(self.model, what, rows, self.batch_size, options)
+        return self.workers.compute(self.merged, lambda merged: self.model, what, rows, self.batch_size, options)
+
+    def _portions(self, rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+        """What is computed between two savings: `size` rows for each process."""
+        size *= self.workers.processes if self.workers else 1
+        return (rows[start : start + size] for start in range(0, len(rows), size))
 
     def scores(self, roles: Sequence[str], sequences: Sequence[Tokens], label: str) -> dict[str, list[float]]:
         """By role the scores of all (prompt ids, answer ids), read at the answer's last token, as PPO reads its reward model.
@@ -109,9 +127,9 @@ class KeptModel:
         count as a win.
         """
 
-        def compute(wanted: list[str], part: list[Tokens]) -> list[list[float]]:
-            found = score(self.model, wanted, part, batch_size=self.batch_size).tolist()
-            for role, own in zip(wanted, found, strict=True):
+        def compute(wanted: list[str], part: list[tuple]) -> list[list[float]]:
+            found = self._compute("scores", part, roles=wanted)
+            for role, own in zip(wanted, zip(*found, strict=True), strict=True):
                 if not all(abs(value) < float("inf") for value in own):
                     raise InstructLiteError(f"{self.model.sources[role]}: its scores are not finite; train the reward model again")
             return found
@@ -123,15 +141,14 @@ class KeptModel:
     ) -> dict[str | None, list[Tensor]]:
         """By role the log-probabilities of the tokens of each completion, in nats."""
 
-        def compute(wanted: list[str | None], part: list[Tokens]) -> list[list[list[float]]]:
-            found = log_probs(self.model, wanted, part, temperature=temperature, batch_size=self.batch_size)
-            return [[row.tolist() for row in own] for own in found]
+        def compute(wanted: list[str | None], part: list[tuple]) -> list[list[list[float]]]:
+            return self._compute("log_probs", part, roles=wanted, temperature=temperature)
 
         found = self._by_role(f"log-probabilities at {temperature:g}", list(roles), sequences, label, compute)
         return {role: [torch.tensor(row) for row in own] for role, own in found.items()}
 
     def _by_role(self, what: str, roles: list, sequences: Sequence[Tokens], label: str, compute: Callable[[list, list], list]) -> dict:
-        """compute(roles, sequences) -> (roles, sequences) of values, for what is not kept; roles that lack the same together."""
+        """compute(roles, sequences) -> (sequences, roles) of values, for what is not kept; roles that lack the same together."""
         keys = {role: [self._key(what, role, prompt, answer) for prompt, answer in sequences] for role in roles}
         known = self.kept.get({key for own in keys.values() for key in own})
         missing = {}  # sequence -> {role: key}
@@ -141,20 +158,21 @@ class KeptModel:
                 missing[tuple(sequence[0]), tuple(sequence[1])] = lacking
         total = len({(tuple(prompt), tuple(answer)) for prompt, answer in sequences})
         with self.phase(label, total, total - len(missing)) as advance:
-            for wanted, part in _together(missing, _AT_ONCE * self.batch_size):
-                values = compute(wanted, [(list(prompt), list(answer)) for prompt, answer in part])
-                new = {
-                    missing[row][role]: value
-                    for role, own in zip(wanted, values, strict=True)
-                    for row, value in zip(part, own, strict=True)
-                }
-                self.kept.put(new)
-                known |= new
-                advance(len(part))
+            for wanted, rows in _together(missing):
+                for part in self._portions(rows, _AT_ONCE * self.batch_size):
+                    values = compute(wanted, part)
+                    new = {
+                        missing[row][role]: value
+                        for row, own in zip(part, values, strict=True)
+                        for role, value in zip(wanted, own, strict=True)
+                    }
+                    self.kept.put(new)
+                    known |= new
+                    advance(len(part))
         return {role: [known[key] for key in own] for role, own in keys.items()}
 
     def _answer_key(self, one: Asked, sampling: Sampling, seed: int) -> str:
-        drawn = [] if sampling.temperature == 0 else [one.name, one.number, seed]
+        drawn = [] if sampling.temperature == 0 else [one.draws, one.number, seed]
         return self._key("answer", one.role, one.prompt, [asdict(sampling), *drawn])
 
     def _key(self, what: str, role: str | None, prompt: Sequence[int], rest: Sequence[Any]) -> str:
@@ -164,12 +182,10 @@ class KeptModel:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _together(missing: Mapping[tuple, Mapping], size: int) -> Iterator[tuple[list, list[tuple]]]:
-    """(roles, sequences) in portions of similar length."""
+def _together(missing: Mapping[tuple, Mapping]) -> Iterator[tuple[list, list[tuple]]]:
+    """(roles, sequences by length)."""
     groups: dict[tuple, list[tuple]] = {}
     for sequence, lacking in missing.items():
         groups.setdefault(tuple(lacking), []).append(sequence)
     for roles, part in groups.items():
-        part.sort(key=lambda sequence: len(sequence[0]) + len(sequence[1]))
-        for start in range(0, len(part), size):
-            yield list(roles), part[start : start + size]
+        yield list(roles), sorted(part, key=lambda sequence: len(sequence[0]) + len(sequence[1]))

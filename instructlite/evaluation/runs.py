@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.manifest import NAME, read_manifest
+from ..models.manifest import NAME, adapters_in
 from .candidates import SHOTS
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ JUDGES = ("judge", "reward")
 
 def policies(run: Path) -> list[str]:
     """The stages of a run that answer: SFT first, PPO last, since the last one is what the report's first words are about."""
-    found = [path.parent.name for path in sorted(run.glob(f"*/{NAME}")) if read_manifest(path.parent).role == "policy"]
-    others = [name for name in found if name not in ("sft", "ppo")]
-    return [*(["sft"] if "sft" in found else []), *others, *(["ppo"] if "ppo" in found else [])]
+    return [name for name, adapter in adapters_in(run).items() if adapter.role == "policy"]
 
 
 def all_candidates(run: Path) -> list[str]:

@@ -129,7 +129,7 @@ class SideEffects:
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredSet:
     """A set of prompts and every candidate's answers, drawn one way: prompt by prompt, `samples` of each."""
 
     set: PromptSet
@@ -140,7 +140,7 @@ class Answered:
 
 
 def side_effects(
-    run: Evaluated, options: SideEffects, sampling: Sampling, *, held_out: Sequence[Answered] = (), demonstrations: Source | None = None
+    run: Evaluated, options: SideEffects, sampling: Sampling, *, held_out: Sequence[AnsweredSet] = (), demonstrations: Source | None = None
 ) -> list[Row]:
     """Rows {candidate, decoding, set, category (None: all), measure, unit, better, value, value_low, value_high, n (prompts)}.
 
@@ -155,7 +155,7 @@ def side_effects(
     answered = []
     for one in filter(None, (measuring.fitting(each, sampling.max_new_tokens) for each in sets)):
         answers = run.answers_to(one.rows, sampling, options.samples, one.name)
-        answered.append(Answered(one, "sampled" if sampling.temperature else "greedy", sampling, options.samples, answers))
+        answered.append(AnsweredSet(one, "sampled" if sampling.temperature else "greedy", sampling, options.samples, answers))
     for one in (*answered, *held_out):
         measuring.answers(one)
     people = next((one.set for one in answered if one.set.name == "demonstrations"), None)
@@ -185,7 +185,7 @@ class _Measuring:
         ][: self.options.prompts]
         return PromptSet(prompts.name, rows) if rows else None
 
-    def answers(self, answered: Answered) -> None:
+    def answers(self, answered: AnsweredSet) -> None:
         """All measures of one set's answers."""
         log_probs = self._log_probs(answered) if answered.sampling.temperature else {}
         for candidate in self._answering(answered):
@@ -200,13 +200,13 @@ class _Measuring:
             if answered.decoding == "sampled" and answered.set.name != "red-team":
                 self._judged(*place, texts)
 
-    def _answering(self, answered: Answered) -> list[Candidate]:
+    def _answering(self, answered: AnsweredSet) -> list[Candidate]:
         """Not everybody takes part in every decoding."""
         return [candidate for candidate in self.run.candidates if candidate.name in answered.answers]
 
     # --- one number an answer -----------------------------------------------------------------------------------------
 
-    def _per_answer(self, answered: Answered, ids: list[list[int]], texts: list[str]) -> Iterable[tuple[str, np.ndarray]]:
+    def _per_answer(self, answered: AnsweredSet, ids: list[list[int]], texts: list[str]) -> Iterable[tuple[str, np.ndarray]]:
         yield "length", np.array([len(own) for own in ids])
         yield "refusal", np.array([refuses(text) for text in texts])
         toxic = np.asarray(self.toxicity(texts), dtype=float)
@@ -222,7 +222,7 @@ class _Measuring:
             if self.options.bert_score:
                 yield "bert_score", references.bert_score(texts, people, self.options.bert_score)
 
-    def _means(self, candidate: Candidate, answered: Answered, measure: str, values: np.ndarray) -> None:
+    def _means(self, candidate: Candidate, answered: AnsweredSet, measure: str, values: np.ndarray) -> None:
         """A row for all prompts, and one for each use case; NaN: an answer without a value."""
         grid = np.asarray(values, dtype=float).reshape(-1, answered.samples)
         self._row(candidate, answered.set.name, measure, self._mean(measure, grid), len(grid), answered.decoding)
@@ -245,7 +245,7 @@ class _Measuring:
 
     # --- one number for all answers -------------------------------------------------------------------------------------
 
-    def _of_words(self, candidate: Candidate, answered: Answered, ids: list[list[int]], texts: list[str]) -> None:
+    def _of_words(self, candidate: Candidate, answered: AnsweredSet, ids: list[list[int]], texts: list[str]) -> None:
         stops, samples = self.base.stop_ids, answered.samples
         words = [own[:-1] if own[-1] in stops else own for own in ids]
         by_prompt = [words[start : start + samples] for start in range(0, len(words), samples)]
@@ -264,7 +264,7 @@ class _Measuring:
         for measure, interval in found.items():
             self._row(candidate, answered.set.name, measure, interval, len(by_prompt), answered.decoding)
 
-    def _mauve(self, answered: Answered, words: list[list[int]]) -> Interval:
+    def _mauve(self, answered: AnsweredSet, words: list[list[int]]) -> Interval:
         """By the last hidden state of each text, with the base alone; the original takes GPT-2 large's."""
         from ..models.sampling import last_states
 
@@ -275,7 +275,7 @@ class _Measuring:
 
     # --- log-probabilities ------------------------------------------------------------------------------------------------
 
-    def _log_probs(self, answered: Answered) -> dict[str, tuple[list[Tensor], list[Tensor] | None]]:
+    def _log_probs(self, answered: AnsweredSet) -> dict[str, tuple[list[Tensor], list[Tensor] | None]]:
         """Of own answers, by who gave them and by the reference; None for candidates without a distribution of their own."""
         found, temperature = {}, answered.sampling.temperature
         for candidate in self._answering(answered):
@@ -295,11 +295,11 @@ class _Measuring:
                 found[candidate.name] = (parts[0], parts[1] if len(parts) == 2 else None)
         return found
 
-    def _sequences(self, candidate: Candidate, answered: Answered, answers: list[list[int]]) -> list[Tokens]:
+    def _sequences(self, candidate: Candidate, answered: AnsweredSet, answers: list[list[int]]) -> list[Tokens]:
         prompts = [self.run.prompt_ids(candidate, row) for row in answered.set.rows for _ in range(answered.samples)]
         return list(zip(prompts, answers, strict=True))
 
-    def _distances(self, candidate: Candidate, answered: Answered, own: list[Tensor], reference: list[Tensor] | None) -> None:
+    def _distances(self, candidate: Candidate, answered: AnsweredSet, own: list[Tensor], reference: list[Tensor] | None) -> None:
         surprise = np.array([-float(tokens.double().sum()) for tokens in own]).reshape(-1, answered.samples).sum(1)
         tokens = np.array([len(each) for each in own]).reshape(-1, answered.samples).sum(1)
         entropy = statistics.ratio(surprise, tokens, seed=self.run.seed)
@@ -355,7 +355,7 @@ class _Measuring:
 
     # --- a language model's verdicts --------------------------------------------------------------------------------------
 
-    def _judged(self, candidate: Candidate, answered: Answered, texts: list[str]) -> None:
+    def _judged(self, candidate: Candidate, answered: AnsweredSet, texts: list[str]) -> None:
         """The first answer to each prompt. What is about the given text is asked on "closed-domain", the rest on the other sets."""
         measure, template = "customer_assistant", "customer_assistant"
         if answered.set.name == "closed-domain":

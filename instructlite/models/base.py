@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import strtobool
 
 from ..config import EMBEDDED, EMBEDDED_HUB_ID, BaseOptions, Lora, cache_directory
 from ..errors import InstructLiteError, require
@@ -276,6 +277,8 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        # FSDP shards what is stored as floating-point numbers (github.com/huggingface/accelerate/pull/3987).
+        bnb_4bit_quant_storage=dtype if strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")) else torch.uint8,
         llm_int8_skip_modules=kept,
     )
 

@@ -22,7 +22,7 @@ from ..data.schema import messages as checked
 from ..errors import InstructLiteError
 from .base import Messages, base_of
 from .lockstep import Lockstep, Row
-from .manifest import ADAPTER_CONFIG, NAME, Adapter, different_names, member_names
+from .manifest import NAME, Adapter, adapters_in, different_names, member_names
 from .roles import RoleModel
 from .sampling import Sampling, score
 from .streaming import Stream
@@ -308,13 +308,13 @@ def _told(error: BaseException, doing: str) -> InstructLiteError:
 
 
 def _adapters(given: str | Path | Sequence[str | Path | Adapter]) -> list[Adapter]:
-    """Adapters given, or those that lie in a run directory, each behind those it was trained from."""
-    if isinstance(given, (str, Path)) and not (Path(given) / NAME).is_file() and Path(given).is_dir():
-        found = sorted(path.parent for path in Path(given).glob(f"*/{ADAPTER_CONFIG}"))
-        if not found:
+    """Adapters given, or those of a run, here or on the Hub, each behind those it was trained from."""
+    if isinstance(given, (str, Path)) and not (Path(given) / NAME).is_file():
+        adapters = list(adapters_in(given).values())
+        if not adapters and Path(given).is_dir():
             raise InstructLiteError(f"{given}: no adapters in this directory; pass a run directory or adapters")
-        adapters = [Adapter.load(path) for path in found]
-        return sorted(adapters, key=lambda adapter: (len(_ancestors(adapter, adapters)), adapter.name))
+        if adapters:
+            return sorted(adapters, key=lambda adapter: len(_ancestors(adapter, adapters)))
     return [Adapter.load(one) for one in ([given] if isinstance(given, (str, Path, Adapter)) else given)]
 
 

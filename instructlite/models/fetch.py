@@ -43,6 +43,19 @@ def holds(source: object, name: str) -> bool:
     return True
 
 
+def folders(source: str, name: str) -> list[str]:
+    """The folders of a repository that have such a file."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, revision = reference(source)
+    try:
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=[f"*/{name}"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError):
+        return []  # loading the repository itself says what is wrong
+    return sorted(path.parent.name for path in directory.glob(f"*/{name}"))
+
+
 def download(source: str, manifest: str) -> Path:
     """The directory of an adapter in the Hub's cache, with all files that its manifest (the name of that file) lists."""
     from huggingface_hub import hf_hub_download, snapshot_download

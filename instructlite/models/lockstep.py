@@ -1,13 +1,14 @@
 """Rows answered in lock-step: one forward pass of one batch gives every row its next token, whoever asked, by whichever adapter.
 
 A row computes with its own adapter, stops at its own length and draws from its own generator, so that its answer depends on no
-neighbour but by rounding: with the scores of a float32 base nothing is seen of it; in bfloat16, where PEFT adds adapters with another
-rounding in mixed batches than alone, tokens that are all but equally likely may change places.
+neighbour but by rounding: with the scores of a float32 base nothing is seen of it; in bfloat16 tokens that are all but equally likely may
+change places.
 Left out: models whose state is no list of keys and values (Mamba), prompts in pieces, sharing the cache of a common beginning.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,6 +54,7 @@ class Lockstep:
     def __init__(self, model: RoleModel):
         self.model = model
         self.batch: Batch | None = None
+        self._mixture = model.mixture([])
 
     @property
     def rows(self) -> list[Row]:
@@ -103,7 +105,7 @@ class Lockstep:
     def _advance(self, batch: Batch, ids: Tensor) -> None:
         model, roles = self.model, [row.role for row in batch.rows]
         positions = positions_of(batch.attention)[:, -ids.shape[1] :]
-        with model.precision(), model.active(roles[0]) if len(set(roles)) == 1 else model.mixed(roles):
+        with model.precision(), self._computing(roles):
             states = model.backbone(
                 input_ids=ids, attention_mask=batch.attention, position_ids=positions, past_key_values=batch.cache, use_cache=True
             ).last_hidden_state
@@ -113,6 +115,13 @@ class Lockstep:
         for row, token, numbers in zip(batch.rows, tokens, sound, strict=True):
             row.ids.append(token)
             row.finish = self._finish(row) if numbers else "broken"
+
+    def _computing(self, roles: list[str | None]) -> AbstractContextManager[None]:
+        if len(set(roles)) == 1:
+            return self.model.active(roles[0])
+        if new := set(roles) - {None, *self._mixture.names}:
+            self._mixture = self.model.mixture([*self._mixture.names, *new])
+        return self.model.mixed(roles, self._mixture)
 
     def _finish(self, row: Row) -> Finish | None:
         if row.ids[-1] in self.model.base.stop_ids:

@@ -176,6 +176,29 @@ def is_adapter(path: object) -> bool:
     return (Path(path) / ADAPTER_CONFIG).is_file() or fetch.holds(path, ADAPTER_CONFIG)
 
 
+FIRST, LAST = "sft", "ppo"
+"""What all policies of a run start from, and the one that a run is about."""
+
+
+def adapters_in(run: str | Path) -> dict[str, Adapter]:
+    """The adapters of a run, or of a repository that it was pushed to, by their folders; empty where there are none.
+
+    In the order of the loop: SFT, other policies by name, PPO, reward models, the judge.
+    """
+    if found := fetch.reference(run):
+        repo, folder, revision = found
+        names = [] if folder else fetch.folders(run, NAME)
+        adapters = {name: Adapter.load(f"{repo}/{name}" + (f"@{revision}" if revision else "")) for name in names}
+    else:
+        adapters = {path.parent.name: Adapter.load(path.parent) for path in Path(run).glob(f"*/{ADAPTER_CONFIG}")}
+
+    def place(folder: str) -> tuple:
+        is_policy = adapters[folder].role == "policy"
+        return not is_policy, folder == (LAST if is_policy else "judge"), folder != FIRST, folder
+
+    return {folder: adapters[folder] for folder in sorted(adapters, key=place)}
+
+
 def different_names(adapters: Sequence[Adapter | str]) -> list[str]:
     """Their names, or the texts themselves; where two are alike, the second is "sft-2"."""
     names: list[str] = []

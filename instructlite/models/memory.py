@@ -1,7 +1,7 @@
 """What a base and its adapters take in memory, from its shapes alone: arithmetic without torch, the only one there is.
 
 `instructlite plan`, the check before PPO and `generation_memory` all count with it. Counted is what torch allocates; what a process needs
-beside that is in planning.py. Exact for decoders of Llama's kind (Mistral, Qwen2 and 3, SmolLM2); for others a good guess.
+beside that is in planning/devices.py. Exact for decoders of Llama's kind (Mistral, Qwen2 and 3, SmolLM2); for others a good guess.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from ..errors import InstructLiteError
 from .base import Base
 from .logprobs import CHUNK, token_log_probs
 from .manifest import Adapter, verify, write_manifest
+from .mixing import Mixture
 
 # Architectures whose lower layers were compared with the whole model by tests/test_roles.py: no scaled embeddings, no
 # per-layer inputs, no layer that looks itself up by index.
@@ -141,26 +142,20 @@ class RoleModel(PeftModelForCausalLM):
             for module, adapter, disabled in before:
                 module._active_adapter, module._disable_adapters = adapter, disabled
 
-    @contextmanager
-    def mixed(self, roles: list[str | None]) -> Iterator[None]:
-        """Row i of the batch computes with roles[i]; eval mode only.
+    def mixture(self, roles: Iterable[str | None]) -> Mixture:
+        """What `mixed` needs for batches of these roles, as they are now: to keep where it is called at every token."""
+        wanted = set(roles)
+        return Mixture(self._switchable, [role for role in self.roles if role in wanted])
 
-        What PEFT does with `adapter_names`, but without walking all modules twice: a step loop comes here at every token.
-        """
+    @contextmanager
+    def mixed(self, roles: list[str | None], mixture: Mixture | None = None) -> Iterator[None]:
+        """Row i of the batch computes with roles[i]; eval mode only."""
         if self.training:
             raise ValueError("adapters mix in eval mode only: dropout would be drawn for each of them")
         if unknown := set(roles) - {None, *self.peft_config}:
             raise KeyError(f"no role {unknown.pop()!r}; there are {', '.join(self.roles)}")
-        named = {"adapter_names": [role or "__base__" for role in roles]}
-        hooks = [
-            module.register_forward_pre_hook(lambda _, inputs, options: (inputs, options | named), with_kwargs=True)
-            for module in self._switchable
-        ]
-        try:
+        with self.active(None), (mixture or self.mixture(roles)).rows(roles):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def reactivation(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """`context_fn` of non-reentrant gradient checkpointing: recompute with the adapter of the forward pass.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -102,10 +102,8 @@ def bytes_per_answer(model: RoleModel, length: int) -> int:
 def _generate_batch(
     model: RoleModel, ids: Tensor, attention: Tensor, roles: list[str | None], config: GenerationConfig, drawn: LogitsProcessorList
 ) -> Tensor:
-    uniform = len(set(roles)) == 1
-    with model.precision(), model.active(roles[0]) if uniform else nullcontext():
-        extra = {} if uniform else {"adapter_names": [role or "__base__" for role in roles]}
-        return model.generate(input_ids=ids, attention_mask=attention, generation_config=config, logits_processor=drawn, **extra)
+    with model.precision(), model.active(roles[0]) if len(set(roles)) == 1 else model.mixed(roles):
+        return model.generate(input_ids=ids, attention_mask=attention, generation_config=config, logits_processor=drawn)
 
 
 def _config(model: RoleModel, sampling: Sampling, stop_ids: list[int]) -> GenerationConfig:

@@ -162,9 +162,14 @@ def _folders(contents: Contents) -> list[str]:
         stage = _stage(contents, folder)
         what = "a reward model that judges: PPO did not see it" if folder == "judge" else WHAT.get(stage, adapter.role)
         members = f" ({len(adapter.members)} of them)" if len(adapter.members) > 1 else ""
-        rows.append([folder or "the root", what + members if folder else f"the policy, the same as `{stage}/`"])
+        rows.append([folder or "the root", what + members if folder else f"the policy, the same as `{_twin(contents)}/`"])
     table = "\n".join(["| where | what |", "| --- | --- |", *(f"| {_link(where)} | {what} |" for where, what in rows)])
     return [table, "Every folder is an adapter of the one base, with its tokenizer; `instructlite.json` has the hash of each file."]
+
+
+def _twin(contents: Contents) -> str:
+    """The folder of the adapter that stands at the root, too."""
+    return next(folder for folder, adapter in contents.adapters.items() if folder and adapter.sha256 == contents.adapters[""].sha256)
 
 
 def _link(folder: str) -> str:

@@ -20,11 +20,9 @@ from huggingface_hub import get_token
 
 from ..config import EMBEDDED, EMBEDDED_HUB_ID
 from ..errors import InstructLiteError
-from ..models.manifest import ADAPTER_CONFIG, Adapter, Manifest, is_adapter, sha256_file
+from ..models.manifest import ADAPTER_CONFIG, Adapter, Manifest, adapters_in, is_adapter, sha256_file
 from ..models.manifest import NAME as MANIFEST
 
-ROLES = ("ppo", "dpo", "sft", "reward", "judge")
-"""Folders of a run's repository. The first that is there stands at the root, too."""
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -55,7 +53,8 @@ _ABSOLUTE = re.compile(r"(/|~/|[A-Za-z]:[\\/]|\\\\)[^\s/\\]+[/\\]")
 
 @dataclass
 class Contents:
-    """Files by their path in the repository. `adapters`: by folder, "" is the root. `notes`: what the user should know."""
+    """Files by their path in the repository. `adapters`: by folder, "" is the root: the run's last policy, or else its first reward model.
+    `notes`: what the user should know."""
 
     adapters: dict[str, Adapter]
     base: str
@@ -83,12 +82,13 @@ def gather(source: str | os.PathLike | Adapter, base_model: str | None) -> Conte
     if is_adapter(directory):
         adapters = {"": Adapter.load(directory)}
     else:
-        adapters = {role: Adapter.load(directory / role) for role in ROLES if is_adapter(directory / role)}
+        adapters = adapters_in(directory)
         if not adapters:
             raise InstructLiteError(
                 f"{directory}: neither a run nor an adapter; give the directory that instructlite run wrote, or a stage's"
             )
-        adapters = {"": next(iter(adapters.values())), **adapters}
+        policies = [adapter for adapter in adapters.values() if adapter.role == "policy"]
+        adapters = {"": policies[-1] if policies else next(iter(adapters.values())), **adapters}
     bases = {adapter.manifest.fingerprint for adapter in adapters.values()}
     if len(bases) > 1:
         raise InstructLiteError(f"{directory}: its adapters belong to {len(bases)} different bases; push them one by one")

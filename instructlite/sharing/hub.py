@@ -24,9 +24,10 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import InstructLiteError
 from ..evaluation.markdown import escape
 from ..evaluation.report import Report
+from ..models.manifest import NAME as MANIFEST
 from ..models.manifest import Adapter
 from .card import model_card
-from .contents import CARD, OWN, REPORT, ROLES, RUN, Contents, gather, redacted, scan
+from .contents import CARD, OWN, REPORT, RUN, Contents, gather, redacted, scan
 
 TRIES, LONGEST_WAIT = 5, 60.0
 first_wait = 1.0  # seconds; doubled after each try
@@ -83,11 +84,11 @@ def push_to_hub(
 ) -> Push:
     """Push an adapter, or a run directory with all of its adapters, to `repo_id` ("user/name").
 
-    A run becomes one repository with sft/, reward/, ppo/ and judge/, and the policy at the root. private: False publishes; a repository
-    that is public already is refused while this is True. report: what `evaluate` gave or its directory; None: the run's own, if it is about
-    these adapters. base_model: where others find the base, if it is a directory here. license: of the adapters, as the Hub writes it
-    ("apache-2.0"). collection: title of one of the owner's collections, made if there is none, that gets the repository, as it may those of
-    the other stages. dry_run: nothing is sent, no network is needed.
+    A run becomes one repository with a folder for each adapter (sft/, dpo/, ppo-ptx/, ppo/, reward/, judge/) and the last policy at the
+    root. private: False publishes; a repository that is public already is refused while this is True. report: what `evaluate` gave or its
+    directory; None: the run's own, if it is about these adapters. base_model: where others find the base, if it is a directory here.
+    license: of the adapters, as the Hub writes it ("apache-2.0"). collection: title of one of the owner's collections, made if there is
+    none, that gets the repository, as it may those of the other stages. dry_run: nothing is sent, no network is needed.
 
     Raises InstructLiteError, before anything is sent, for what cannot go out (a secret, a path of this machine, a damaged adapter), and
     HubError if the Hub refuses or is not to be reached after several tries.
@@ -160,7 +161,7 @@ def _send(push: Push, contents: Contents) -> Push:
     if push.private and not info.private:
         raise HubError(f"{push.repo_id}: exists and is public; push to it with private=False (--public), or to another repository")
     before = {file.rfilename for file in info.siblings or []}
-    stale = sorted(name for name in before - set(contents.files) if _is_ours(name))
+    stale = sorted(name for name in before - set(contents.files) if _is_ours(name, before))
 
     def commit() -> str:  # operations are made anew each time: those of a failed commit cannot be used again
         operations = [CommitOperationAdd(name, data if isinstance(data, bytes) else str(data)) for name, data in contents.files.items()]
@@ -180,9 +181,10 @@ def _collected(push: Push, title: str, contents: Contents) -> Push:
     return Push(**{**vars(push), "collection": found.url})
 
 
-def _is_ours(name: str) -> bool:
+def _is_ours(name: str, there: set[str]) -> bool:
+    """Whether a push put it there: at the root, with the report, or with an adapter in a folder."""
     *folders, last = name.split("/")
-    return last in OWN and (not folders or folders[0] in (*ROLES, "report"))
+    return last in OWN and (not folders or folders[0] == "report" or f"{folders[0]}/{MANIFEST}" in there)
 
 
 def _patiently(push: Push, call: Callable[[], Result]) -> Result:

@@ -4,11 +4,14 @@ TRL's DPOTrainer on tokens that InstructLite made itself, those of every other s
 starts from, in the same base: TRL adds it as the PEFT adapter "ref", so that no second model is in memory.
 """
 
+import math
 from typing import Any
 
 import torch
 import trl
+from accelerate.utils import send_to_device
 from datasets import Dataset
+from torch import Tensor
 from trl import DPOConfig
 
 from ..config import DPOOptions
@@ -19,13 +22,18 @@ from .checkpoints import Checkpointing
 from .recipe import Recipe, Run, full_precision, parent_of, save_adapter, training_metrics, without_dataset_bars
 from .reward import mean_over_steps, ordered_pairs, wilson
 from .sft import head_on_completions, policy_model, report_too_long
+from .shares import EqualRows, Row, dealt
 
 
-class DPOTrainer(Checkpointing, trl.DPOTrainer):
-    """TRL's on tokenized pairs, with crash-safe checkpoints.
+class DPOTrainer(EqualRows, Checkpointing, trl.DPOTrainer):
+    """TRL's on tokenized pairs, with crash-safe checkpoints, the same for any number of processes.
 
-    Relies on trl 1.16: `_prepare_dataset` (called on each data set), `_set_signature_columns_if_needed` (columns that reach the collator
-    and the length-grouping sampler), `_metrics` (a value for each batch, emptied by `log`).
+    A pair whose answers are the same teaches nothing: what it adds to the gradient cancels out. Such rows fill batches up, are not
+    counted among those that the loss is a mean of, and in its metrics are no preference and no margin.
+
+    Relies on trl 1.16: a `compute_loss` that is a mean over pairs, whose better answers are the first half of the batch,
+    `_prepare_dataset` (called on each data set), `_set_signature_columns_if_needed` (columns that reach the collator and the
+    length-grouping sampler), `_metrics` (a value for each batch, emptied by `log`).
     """
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -34,6 +42,28 @@ class DPOTrainer(Checkpointing, trl.DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "length"})
+
+    def blank(self, row: Row) -> Row:
+        one = row["chosen_ids"][:1]
+        blank = {"prompt_ids": row["prompt_ids"][:1], "chosen_ids": one, "rejected_ids": one}
+        return blank | {f"ref_{side}_logps": 0.0 for side in ("chosen", "rejected") if "ref_chosen_logps" in row}
+
+    def rows_that_count(self, inputs: dict[str, Tensor]) -> int:
+        chosen, rejected = inputs["input_ids"].chunk(2)
+        return int((chosen != rejected).any(1).sum())
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None):
+        if return_outputs:
+            return super().compute_loss(model, inputs, return_outputs)
+        loss, metrics = super().compute_loss(model, inputs), self._metrics["train" if self.model.training else "eval"]
+        rows, counted = len(inputs["input_ids"]) // 2, self.rows_that_count(inputs)
+        if counted < rows:  # the mean over all rows, less what the others add to it: a constant
+            equal = math.log(2) if self.args.loss_type == ["sigmoid"] else 0.0  # only the loss that is logged is off
+            loss = (loss * rows - equal * (rows - counted)) / max(counted, 1)
+        pairs = self.accelerator.reduce(torch.tensor([rows, counted], device=loss.device), "sum").tolist()
+        for name in ("rewards/accuracies", "rewards/margins"):
+            metrics[name][-1] *= pairs[0] / max(pairs[1], 1)
+        return self.of_update(loss, inputs, num_items_in_batch)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
@@ -95,19 +125,23 @@ def encode_pairs(base: Base, records: list[dict], max_length: int | None, run: R
 
 @torch.no_grad()
 def held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
-    """Means over the held-out pairs, whatever the batch size; several processes may count a few pairs twice."""
+    """Means over the held-out pairs, whatever the size of batches and the number of processes."""
     measured = {"eval_loss": 0.0, "eval_accuracy": 0.0, "eval_margin": 0.0}
-    model, loader, metrics, seen = trainer.model.eval(), trainer.get_eval_dataloader(), trainer._metrics["eval"], 0
-    with progress("dpo: held-out pairs", len(loader)) as advance:
-        for inputs in loader:
+    model, rows, metrics, processes = trainer.model.eval(), trainer.eval_dataset, trainer._metrics["eval"], trainer.args.world_size
+    lengths = list(rows["length"])
+    order = sorted(range(len(rows)), key=lengths.__getitem__)  # similar lengths share a batch: less padding
+    batches = dealt(order, trainer.args.per_device_eval_batch_size, trainer.args.process_index, processes)
+    with progress("dpo: held-out pairs", len(batches)) as advance:
+        for numbers, alone in batches:
+            inputs = send_to_device(trainer.data_collator([rows[i] for i in numbers]), trainer.accelerator.device)
             with trainer.accelerator.autocast():
-                loss = trainer.accelerator.gather(trainer.compute_loss(model, inputs)).mean().item()
-            pairs = len(inputs["input_ids"]) // 2
-            seen += pairs
+                loss = trainer.accelerator.reduce(trainer.compute_loss(model, inputs), "mean").item()
+            pairs = len(numbers) * (processes if alone else 1)
             for name, mean in zip(measured, (loss, metrics["rewards/accuracies"][-1], metrics["rewards/margins"][-1]), strict=True):
                 measured[name] += pairs * mean
             advance()
     metrics.clear()
-    found, pairs = {name: total / seen for name, total in measured.items()}, len(trainer.eval_dataset)
+    pairs = len(rows)
+    found = {name: total / pairs for name, total in measured.items()}
     low, high = wilson(found["eval_accuracy"] * pairs, pairs)
     return found | {"eval_accuracy_low": low, "eval_accuracy_high": high, "eval_pairs": pairs}

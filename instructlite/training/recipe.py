@@ -30,6 +30,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
@@ -43,6 +44,7 @@ from ..models.manifest import Adapter, is_adapter, write_manifest
 from ..progress import Advance, console, progress
 from .checkpoints import Checkpointing, bytes_of_a_checkpoint, full_disk_explained, newest_verified, step_of, sweep
 from .interrupt import Interrupted, Interruption
+from .peers import Peers
 from .work import (
     CHECKPOINTS,
     LOG,
@@ -93,6 +95,7 @@ class Run:
     """The output directory."""
     resume: bool = False
     interruption: Interruption | None = None
+    peers: Peers = field(default_factory=Peers)
     shown: ExitStack = field(default_factory=ExitStack)
     """Closed at the end of the run, whatever that is."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -138,6 +141,7 @@ class Run:
             "training": {name: value for name, value in self.config["training"].items() if name not in HARMLESS},
             "processes": args.world_size,
         })  # fmt: skip
+        self.peers.meet()
         # The main process looks, all others do as it says.
         answer = [self._settle(Path(args.output_dir)) if is_main_process() else None]
         if args.world_size > 1:
@@ -178,7 +182,7 @@ class Run:
 
 def wait_for_all_processes() -> None:
     if launched():
-        PartialState().wait_for_everyone()
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
 
 class AlreadyMade(Exception):
@@ -210,7 +214,11 @@ class Recipe(ABC):
         """
         target = Path(output_dir).absolute()
         check_target(target)
-        with Interruption(f"{type(self).__name__}(...).run({str(output_dir)!r}, resume=True)") as interruption, ExitStack() as shown:
+        with (
+            Interruption(f"{type(self).__name__}(...).run({str(output_dir)!r}, resume=True)") as interruption,
+            ExitStack() as shown,
+            Peers() as peers,
+        ):
             if is_main_process():
                 scratch = shown.enter_context(working(target))
                 directory = scratch / target.name
@@ -219,7 +227,8 @@ class Recipe(ABC):
             else:  # the main process alone writes what is kept
                 scratch = work_directory(target)
                 directory = Path(shown.enter_context(tempfile.TemporaryDirectory()))
-            run = Run(self.name, directory, scratch, self.resolved(), target, resume, interruption, shown.enter_context(ExitStack()))
+            shows = shown.enter_context(ExitStack())
+            run = Run(self.name, directory, scratch, self.resolved(), target, resume, interruption, peers, shows)
             try:
                 self._run(run)
             except AlreadyMade:
@@ -365,10 +374,13 @@ class Watch(TrainerCallback):
 def save_adapter(
     model: PeftModel, base: Base, directory: Path, *, role: str, score_bias: float | None = None, parents: dict[str, str] | None = None
 ) -> None:
-    """Write a trained PeftModel as PEFT does, with the tokenizer and the manifest."""
+    """Write a trained PeftModel as PEFT does, with the tokenizer and the manifest; of a sharded one on all processes."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = str(base.path), base.revision
-    model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False)  # DPO's has its reference, too
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole = {name: parameter.full_tensor() for name, parameter in trained.items() if isinstance(parameter, DTensor)}  # FSDP's
+    # DPO's has its reference, too.
+    model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False, state_dict=whole or None)
     (directory / "README.md").unlink()  # PEFT's empty card; it would name a path of this machine
     base.tokenizer.save_pretrained(directory)
     write_manifest(directory, role=role, base=base, score_bias=score_bias, parents=parents)

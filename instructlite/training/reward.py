@@ -18,6 +18,7 @@ from statistics import NormalDist, fmean, pstdev
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -50,6 +51,7 @@ from .recipe import (
     without_dataset_bars,
 )
 from .sft import report_too_long
+from .shares import EqualRows, Row, dealt
 from .work import (
     MEMBERS,
     RECORD,
@@ -300,16 +302,15 @@ class Collator:
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
             "groups": torch.tensor([number for number, row in enumerate(rows) for _ in row["ranks"]]),
-            "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
+            "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),  # nan: an answer that only fills the batch up
         }
 
 
-class RankingTrainer(Checkpointing, RewardTrainer):
-    """TRL's RewardTrainer on groups of K ranked answers, with a learning rate of its own for the head.
+class RankingTrainer(EqualRows, Checkpointing, RewardTrainer):
+    """TRL's RewardTrainer on groups of K ranked answers, with a learning rate of its own for the head; a group counts as a row.
 
     Relies on trl 1.16: `_prepare_dataset` (called on each data set), `_set_signature_columns_if_needed` (columns that
-    reach the collator and the length-grouping sampler), `_metrics` (averaged and emptied by `log`), and a `compute_loss`
-    that is a mean per micro-batch (`loss_is_scaled_for_ga = False`).
+    reach the collator and the length-grouping sampler), `_metrics` (averaged and emptied by `log`).
     """
 
     head_learning_rate_scale = 1.0
@@ -321,22 +322,38 @@ class RankingTrainer(Checkpointing, RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["responses_ids", "ranks", "length"]
 
+    def blank(self, row: Row) -> Row:
+        return {"responses_ids": [row["responses_ids"][0][:1]], "ranks": [float("nan")]}
+
+    def rows_that_count(self, inputs: dict[str, Tensor]) -> int:
+        groups, ranks = inputs["groups"], inputs["ranks"]
+        better = ((groups[:, None] == groups) & (ranks[:, None] < ranks)).any(1)
+        return len(groups[better].unique())
+
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits[:, 0].float()
         lengths = self.length_weight * inputs["attention_mask"].sum(1)
         loss, accuracy = ranking_loss(scores, inputs["groups"], inputs["ranks"], self.args.center_rewards_coefficient or 0.0, lengths)
-        with torch.no_grad():
-            measured = torch.stack([accuracy, scores.mean(), scores.std(), inputs["attention_mask"].sum().float()])
-            accuracy, mean, std, tokens = self.accelerator.reduce(measured, "mean").tolist()
-        metrics = self._metrics["train" if model.training else "eval"]
-        for name, value in {"accuracy": accuracy, "mean_reward": mean, "std_reward": std}.items():
-            metrics[name].append(value)
-        self._total_train_tokens += tokens * self.accelerator.num_processes if model.training else 0
-        metrics["num_tokens"] = [self._total_train_tokens]
+        loss = self.of_update(loss, inputs, num_items_in_batch)
+        self._measure(scores.detach().double(), accuracy.double(), inputs, "train" if model.training else "eval")
         return (loss, outputs) if return_outputs else loss
+
+    def _measure(self, scores: Tensor, accuracy: Tensor, inputs: dict[str, Tensor], mode: str) -> None:
+        """Into TRL's metrics, over the batches of all processes."""
+        groups, ranks = inputs["groups"], inputs["ranks"]
+        pairs, counted = ((groups[:, None] == groups) & (ranks[:, None] < ranks)).sum(), ~ranks.isnan()
+        known, tokens = scores[counted], inputs["attention_mask"][counted].sum()
+        sums = [accuracy * pairs, pairs, counted.sum(), known.sum(), known.square().sum(), tokens]
+        right, pairs, answers, total, squares, tokens = self.accelerator.reduce(torch.stack([x.double() for x in sums]), "sum").tolist()
+        variance = max(0.0, squares - total**2 / answers) / max(1, answers - 1)
+        found = {"accuracy": right / max(1, pairs), "mean_reward": total / answers, "std_reward": variance**0.5}
+        for name, value in found.items():
+            self._metrics[mode][name].append(value)
+        self._total_train_tokens += tokens if mode == "train" else 0
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -379,21 +396,22 @@ def mean_over_steps(metric: str, logs: list[dict[str, Any]]) -> float:
 
 @torch.no_grad()
 def score_sequences(trainer: RewardTrainer, sequences: list[list[int]]) -> list[float]:
-    """What the model in training gives each sequence, without any bias."""
-    model, size = trainer.model.eval(), 2 * trainer.args.per_device_eval_batch_size
+    """What the model in training gives each sequence, without any bias; several processes share the work."""
+    model, args = trainer.model.eval(), trainer.args
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # similar lengths share a batch: less padding
-    scores = [0.0] * len(sequences)
-    with progress("reward: scoring", len(sequences)) as advance:
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
+    batches = dealt(order, 2 * args.per_device_eval_batch_size, args.process_index, args.world_size)
+    scores: dict[int, float] = {}
+    with progress("reward: scoring", len(batches)) as advance:
+        for rows, _ in batches:
             batch = trainer.data_collator([{"responses_ids": [sequences[i]], "ranks": [0.0]} for i in rows])
             inputs = {name: batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask")}
             with trainer.accelerator.autocast():
                 logits = model(**inputs, use_cache=False).logits[:, 0]
-            for i, value in zip(rows, logits.float().tolist(), strict=True):
-                scores[i] = value
-            advance(len(rows))
-    return scores
+            scores |= zip(rows, logits.float().tolist(), strict=True)
+            advance()
+    found = gather_object([scores]) if args.world_size > 1 else [scores]
+    together = {i: value for part in found for i, value in part.items()}
+    return [together[i] for i in range(len(sequences))]
 
 
 def right_pairs(values: list[Sequence[float]], groups: list[dict]) -> tuple[float, int]:

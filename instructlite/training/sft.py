@@ -13,6 +13,7 @@ from statistics import quantiles
 import torch
 import trl
 import trl.trainer.utils
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from trl import SFTConfig
@@ -24,10 +25,15 @@ from ..models.manifest import Adapter, verify
 from ..progress import progress
 from .checkpoints import Checkpointing
 from .recipe import Recipe, Run, full_precision, parent_of, save_adapter, training_metrics, without_dataset_bars
+from .shares import Row, Together, dealt
 
 
-class SFTTrainer(Checkpointing, trl.SFTTrainer):
-    """TRL's, with crash-safe checkpoints."""
+class SFTTrainer(Together, Checkpointing, trl.SFTTrainer):
+    """TRL's, with crash-safe checkpoints, the same for any number of processes."""
+
+    def blank(self, row: Row) -> Row:
+        short = {"input_ids": row["input_ids"][:2], "labels": [-100, -100]}
+        return short | ({"seq_lengths": [2]} if "seq_lengths" in row else {})  # of packed rows
 
 
 class SFTRecipe(Recipe, SFTOptions):
@@ -121,18 +127,18 @@ def held_out_metrics(trainer: SFTTrainer, suffix: str = "") -> dict[str, float]:
 
     Trainer's own `eval_loss` is a mean of batch means, which changes with the batch size.
     """
-    accelerator = trainer.accelerator
-    even, accelerator.even_batches = accelerator.even_batches, False  # True counts rows twice, so that all processes have as many
-    model, loader = trainer.model.eval(), trainer.get_eval_dataloader()
-    accelerator.even_batches = even
-    nats = tokens = 0.0
-    with progress("sft: held-out loss", len(loader)) as advance:
-        for inputs in loader:
+    accelerator, processes, model, rows = trainer.accelerator, trainer.args.world_size, trainer.model.eval(), trainer.eval_dataset
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)  # similar lengths share a batch: less padding
+    measured = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    batches = dealt(order, trainer.args.per_device_eval_batch_size, trainer.args.process_index, processes)
+    with progress("sft: held-out loss", len(batches)) as advance:
+        for numbers, alone in batches:
+            inputs = send_to_device(trainer.data_collator([rows[i] for i in numbers]), accelerator.device)
             with accelerator.autocast():
                 output = model(**inputs, use_cache=False, fused_lm_head=True)  # the head that TRL trains with
-            nats -= output.log_probs.double().sum().item()
-            tokens += output.label_mask.sum().item()
+            found = torch.stack([-output.log_probs.double().sum(), output.label_mask.double().sum()])
+            measured += found if alone else found / processes
             advance()
-    if accelerator.num_processes > 1:
-        nats, tokens = accelerator.reduce(torch.tensor([nats, tokens], dtype=torch.float64, device=accelerator.device), "sum").tolist()
+    nats, tokens = accelerator.reduce(measured, "sum").tolist()
     return {f"eval_loss{suffix}": nats / tokens, f"eval_perplexity{suffix}": math.exp(nats / tokens)}
