@@ -13,7 +13,7 @@ from instructlite.config import BaseOptions
 from instructlite.feedback.app.server import Address, application
 from instructlite.feedback.store import Store
 from instructlite.models.base import load_base
-from instructlite.models.engine import Engine
+from instructlite.models.engine import Engine, Limits
 
 NAMES = ("zebra", "quokka")  # of adapters: words that stand nowhere by chance
 
@@ -62,9 +62,9 @@ class Served:
 
 
 @contextmanager
-def served(run: Path, **options):
+def served(run: Path, limits: Limits | None = None, **options):
     store = Store(run)
-    with Engine.load(run, BaseOptions(dtype="float32")) as engine, Served(engine, store, **options) as server:
+    with Engine.load(run, BaseOptions(dtype="float32"), limits=limits) as engine, Served(engine, store, **options) as server:
         yield server
     store.close()
 
