@@ -63,14 +63,12 @@ def generate(
     seed: int | list[int] = 0,
     batch_size: int = 32,
     progress: Progress | None = None,
-    keep: Callable[[list[int], list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """One answer a prompt, as token ids up to and including the first stop token (or `max_new_tokens` of them).
 
     roles: one for all, or one a prompt (None = the base alone), then answered in mixed batches. The random state of the
     caller is left untouched; the same seed gives the same answers for the same batches. One seed a prompt gives each answer
-    random numbers of its own, so that what is drawn beside it changes nothing but rounding. keep: called after each batch, with
-    the numbers of its prompts and their answers.
+    random numbers of its own, so that what is drawn beside it changes nothing but rounding.
     """
     stop_ids = stop_ids or model.base.stop_ids
     per_row = roles if isinstance(roles, list) else [roles] * len(prompts)
@@ -87,8 +85,6 @@ def generate(
             )
             for i, row in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
                 answers[i] = until_stop(row, stop_ids)
-            if keep:
-                keep(rows, [answers[i] for i in rows])
             if progress:
                 progress(len(rows))
     return answers
