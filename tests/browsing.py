@@ -13,7 +13,7 @@ from instructlite.config import BaseOptions
 from instructlite.feedback.app.server import Address, application
 from instructlite.feedback.store import Store
 from instructlite.models.base import load_base
-from instructlite.models.engine import Engine
+from instructlite.models.engine import Engine, Limits
 
 NAMES = ("zebra", "quokka")  # of adapters: words that stand nowhere by chance
 
@@ -62,11 +62,15 @@ class Served:
 
 
 @contextmanager
-def served(run: Path, **options):
+def served(run: Path, limits: Limits | None = None, **options):
     store = Store(run)
-    with Engine.load(run, BaseOptions(dtype="float32")) as engine, Served(engine, store, **options) as server:
+    with Engine.load(run, BaseOptions(dtype="float32"), limits=limits) as engine, Served(engine, store, **options) as server:
         yield server
     store.close()
+
+
+CHOOSING = """before => document.querySelector('#asked').innerText !== before && document.querySelector('#vote-1:enabled')
+  && [...document.querySelectorAll('#answers .card h3')].map((title) => title.innerText).join() === 'Answer A,Answer B'"""
 
 
 class Visit:
@@ -75,7 +79,7 @@ class Visit:
     def __init__(self, browser, server, **options):
         self.server = server
         self.context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
-        self.context.set_default_timeout(180_000)  # a busy machine
+        self.context.set_default_timeout(900_000)  # a busy machine, or one on which this was halted for a while
         self.page = self.context.new_page()
         self.outside, self.alarms = [], []
         self.page.on("request", lambda request: self.outside.append(request.url) if not self._own(request.url) else None)
@@ -86,10 +90,12 @@ class Visit:
         return url.startswith((self.server.url + "/", "data:", "blob:" + self.server.url))
 
     def open(self, page: str):
+        """The page, once what its load event says is there. That of Compare says nothing: it answers as soon as it is to be seen."""
         self.page.goto(f"{self.server.url}/{page}/")
-        self.page.wait_for_selector({"compare": "#send", "arena": "#next", "insight": "#insight"}[page])
-        self.page.wait_for_function("document.querySelector('#status, #insight') !== null")
-        self.page.wait_for_timeout(700)  # a click right after the page has appeared is lost: Gradio is still wiring it
+        if page == "compare":
+            self.page.wait_for_selector("#send")
+        else:
+            self.page.wait_for_function("document.querySelector('#status, #insight')?.innerText.trim()")
         return self.page
 
     def said(self, pattern: str) -> str:
@@ -97,13 +103,22 @@ class Visit:
         self.page.wait_for_function("pattern => new RegExp(pattern).test(document.querySelector('#status')?.innerText ?? '')", arg=pattern)
         return self.page.locator("#status").inner_text()
 
+    def choosing(self, before: str = "") -> list[str]:
+        """Waits for answers to another prompt than before that can be voted on, their names not told; gives them."""
+        self.page.wait_for_function(CHOOSING, arg=before)
+        return self.texts("#answers")
+
     def settings(self, **values):
         """Fields of the compare page by their ids."""
         self.page.get_by_role("button", name="Panes, system prompt, sampling").click()
+        self.page.wait_for_selector("#length input[type=number]")
+        # Until a frame after they have appeared, which no hand is quick enough for, Gradio sets fields to what they were.
+        self.page.evaluate("() => new Promise((seen) => requestAnimationFrame(() => requestAnimationFrame(seen)))")
         for name, value in values.items():
             field = self.page.locator(f"#{name} input[type=number]")
             field.fill(str(value))
             field.press("Tab")
+            assert field.input_value() == str(value)
 
     def ask(self, prompt: str):
         self.page.locator("#prompt textarea").fill(prompt)

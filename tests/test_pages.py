@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -132,6 +134,55 @@ def test_stop_ends_the_answers_and_the_next_question_is_answered(visit):
     here.said("3 answers ready")
 
 
+@pytest.fixture
+def held_scores(server, monkeypatch):
+    """A reward model that takes its time, as one on a CPU does: until the event is set. With what it has given."""
+    score, go_on, given = server.engine.score, threading.Event(), []
+
+    def slow(*args):
+        assert go_on.wait(900)
+        given.append(score(*args))
+        return given[-1]
+
+    monkeypatch.setattr(server.engine, "score", slow)
+    yield go_on, given
+    go_on.set()
+
+
+def test_a_new_conversation_is_empty_and_answers_though_the_last_one_was_being_written(visit):
+    here = visit()
+    page = here.open("compare")
+    here.settings(temperature=0, length=400)
+    here.ask(PROMPT)
+    page.wait_for_selector("#now .card .notes")
+    page.click("#new")
+    page.wait_for_function("document.querySelectorAll('.card').length === 0")
+    page.wait_for_timeout(500)  # in which nothing of it may come back
+    assert page.locator(".card, .turn").count() == 0
+    page.locator("#length input[type=number]").fill("4")
+    here.ask("Again?")
+    here.said("3 answers ready")
+    assert page.locator(".turn .text").all_text_contents() == ["Again?"]
+
+
+def test_a_question_sent_too_early_is_kept_and_one_sent_at_once_is_answered(visit, held_scores):
+    here = visit()
+    page = here.open("compare")
+    here.settings(temperature=0, length=60)
+    here.ask(PROMPT)
+    page.wait_for_selector("#now .card .notes")
+    page.locator("#prompt textarea").fill("And at night?")
+    page.locator("#prompt textarea").press("Shift+Enter")
+    here.said("3 answers ready")
+    assert page.locator("#prompt textarea").input_value() == "And at night?"
+    assert page.locator("#send").is_disabled(), "the scores are still to come"
+    held_scores[0].set()
+    page.click("#send")
+    page.get_by_role("region", name="quokka, answer 2").get_by_text("reward").wait_for()
+    assert page.locator(".turn .text").all_text_contents() == [PROMPT, "And at night?"]
+    assert page.locator(".card .notes >> text=reward").count() == 6
+
+
 def test_who_leaves_stops_what_was_being_written_for_him(visit, server, monkeypatch):
     streams = []
     submit = server.engine.submit
@@ -191,6 +242,27 @@ def test_a_vote_by_keyboard_is_saved_revealed_kept_and_exported(visit, server, r
     assert done.exit_code == 0, done.output
     row = json.loads(target.read_text(encoding="utf-8").splitlines()[-1])
     assert [LETTERS.sub("", row[side]) for side in ("rejected", "chosen")] == [LETTERS.sub("", text) for text in texts]
+
+
+def test_who_votes_and_goes_on_at_once_sees_the_next_answers_only(visit, server, monkeypatch):
+    score = server.engine.score
+    monkeypatch.setattr(server.engine, "score", lambda *args: time.sleep(3) or score(*args))
+    here = visit()
+    page = here.open("arena")
+    page.keyboard.press("n")
+    here.said("2 answers ready")
+    voted, asked = here.choosing(), page.locator("#asked").inner_text()
+    page.keyboard.press("1")
+    here.said("Saved")
+    page.keyboard.press("n")
+    following = here.choosing(asked)
+    page.wait_for_timeout(4000)  # the scores come now; what was voted on may not come back with them
+    assert here.choosing(asked) == following != voted
+    page.keyboard.press("2")
+    here.said("Saved")
+    vote = server.store.votes()[-1]
+    shown = [answer.text for answer in sorted(vote.answers, key=lambda answer: answer.place)]
+    assert [LETTERS.sub("", text) for text in shown] == [LETTERS.sub("", text) for text in following]
 
 
 def test_what_was_open_is_open_after_the_page_is_loaded_again(visit):
@@ -331,6 +403,8 @@ def test_a_page_fits_a_phone_and_can_be_used_without_seeing_it(visit, name):
         here.settings(length=16)
         here.ask("Name a tree. " + "x" * 300)
         here.said("3 answers ready")
+        page.wait_for_selector("#send:enabled")
+        page.wait_for_function("document.querySelector('#send').getAnimations().length === 0")  # on its way to be so it is pale
     if name == "arena":
         page.locator("#next").tap()
         here.said("2 answers ready")

@@ -9,7 +9,7 @@ import gradio as gr
 from anyio import to_thread
 
 from ...errors import InstructLiteError
-from ..ballots import FLAGS, LIKERT, MAX_ANSWERS, MAX_COMMENT, Ballot, Showing
+from ..ballots import FLAGS, LIKERT, MAX_ANSWERS, MAX_COMMENT, Showing
 from ..store import MAX_NAME
 from . import limits, markup
 from .booth import LIVE_ANSWERS, Booth, Reveal, ballot_of
@@ -21,6 +21,7 @@ LEAD = (
     '<span class="keys">Keys: 1 and 2, 3 for a tie, 0 if both are bad, N for the next one.</span>'
 )
 Changes = dict[str, Any]
+NOTHING: Changes = {"status": gr.skip()}
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def arena_page(booth: Booth, frame: Frame) -> gr.Blocks:
                 values = {name: given[part] for name, part in parts.items() if part in given}
                 try:
                     voter = await to_thread.run_sync(frame.visitors.key, request.request)
-                    async for changes in does(booth, frame, voter, values, request):
-                        yield {parts[name]: change for name, change in changes.items()}
+                    changing = frame.while_newest(request.session_hash, does(booth, frame, voter, values, request))
+                    async for changes in changing:
+                        yield {parts[name]: change for name, change in (changes or NOTHING).items()}
                 except InstructLiteError as error:
                     told = {"status": markup.status(str(error), "bad"), "stop": gr.update(visible=False), "next": gr.update(visible=True)}
                     yield {parts[name]: change for name, change in told.items()}
@@ -189,10 +191,11 @@ async def _vote(choice: int | str, booth: Booth, frame: Frame, voter: str, given
     new = await to_thread.run_sync(booth.vote, voter, showing.ticket, ballot, group)
     # Only from here on the vote is on the disk, and names may be told.
     said_of_it = "Saved." if new else "Already saved."
+    best = [place for place, one in enumerate(ballot.judgements(len(showing.answers))) if one["rank"] == 0] if new else []
     voted = replace(showing, voted=True)
     revealed = await to_thread.run_sync(booth.reveal, voter, showing.ticket)
     yield _closed(len(showing.answers)) | {
-        "answers": _revealed(showing, revealed, ballot),
+        "answers": _revealed(showing, revealed, best),
         "status": markup.status(f"{said_of_it} {_names(revealed)}", "good"),
         "sitting": Sitting(voted, sitting.skipped),
     }
@@ -201,7 +204,7 @@ async def _vote(choice: int | str, booth: Booth, frame: Frame, voter: str, given
     except InstructLiteError:
         return  # an answer or prompt too long to be scored: the vote is saved all the same
     revealed = await to_thread.run_sync(booth.reveal, voter, showing.ticket)
-    yield {"answers": _revealed(showing, revealed, ballot)}
+    yield {"answers": _revealed(showing, revealed, best)}
 
 
 # --- how it looks -----------------------------------------------------------------------------------------------------------
@@ -248,9 +251,8 @@ def _cards(texts: Sequence[str | None], writing: Sequence[bool] = ()) -> str:
     ])  # fmt: skip
 
 
-def _revealed(showing: Showing, revealed: Sequence[Reveal], ballot: Ballot) -> str:
-    ranks = [judgement["rank"] for judgement in ballot.judgements(len(showing.answers))]
-    best = [place for place, rank in enumerate(ranks) if rank == 0]
+def _revealed(showing: Showing, revealed: Sequence[Reveal], best: Sequence[int]) -> str:
+    """best: the places of the best answers by the vote that was saved."""
     weights = [f"adapter sha256 {one.candidate.adapter[:12]}" if one.candidate.adapter else "no adapter" for one in revealed]
     return markup.cards([
         Card(

@@ -16,6 +16,7 @@ from .frame import Frame, examples
 from .markup import Card
 
 Messages = list[dict[str, str]]
+NOTHING = {"status": gr.skip()}
 ENDED = {"stop": "ended by itself", "length": "cut at the length", "cancelled": "stopped"}
 
 
@@ -69,20 +70,22 @@ def compare_page(engine: Engine, frame: Frame) -> gr.Blocks:
         async def answer(given: dict, request: gr.Request) -> AsyncIterator[dict]:
             values = {name: given[field] for name, field in fields.items()}
             try:
-                async for changes in _answer(engine, frame, given[talk], values, request):
-                    yield {outputs[name]: value for name, value in changes.items()}
+                async for changes in frame.while_newest(request.session_hash, _answer(engine, frame, given[talk], values, request)):
+                    yield {outputs[name]: value for name, value in (changes or NOTHING).items()}
             except InstructLiteError as error:
                 told = markup.status(str(error), "bad")
                 yield {shown["status"]: told, send: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
-        def begin(picked: list[str]) -> dict:
+        def begin(picked: list[str], request: gr.Request) -> dict:
+            frame.begin_anew(request.session_hash)
             fresh = Talk(tuple(name for name in names if name in picked))
             return dict.fromkeys(shown.values(), "") | {talk: fresh, send: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
         asked = frame.on([send.click, fields["prompt"].submit], answer, {*fields.values(), talk}, list(outputs.values()))
         frame.on(stop.click, frame.stop, [], [])
-        # What is still being written belongs to the old conversation.
-        frame.on([new.click, chosen.change], begin, [chosen], [*shown.values(), talk, send, stop], cancels=asked)
+        # What is still being written belongs to the old conversation. It is ended first: until then nothing new could be sent.
+        frame.on([new.click, chosen.change], None, None, None, cancels=asked)
+        frame.on([new.click, chosen.change], begin, [chosen], [*shown.values(), talk, send, stop], trigger_mode="always_last")
         frame.on(example.change, lambda text: text or gr.skip(), [example], [fields["prompt"]])
     return page
 
@@ -131,15 +134,17 @@ async def _answer(engine: Engine, frame: Frame, talk: Talk, given: dict[str, Any
             else:
                 yield {"now": _asked(prompt) + _cards(panes, snapshot, len(talk.asked))}
     notes = [_notes(snapshot, number) for number in range(len(panes))]
-    done = {"send": gr.update(interactive=True), "stop": gr.update(interactive=False)}
-    ready = "Stopped." if "cancelled" in snapshot.finish else f"{count} ready." if len(panes) > 1 else "1 answer ready."
-    yield {"status": markup.status(ready), "talk": talk.with_answers(prompt, snapshot.texts, notes), **done}
+    ready = "Stopped." if "cancelled" in snapshot.finish else f"{count} ready."
+    talked = {"talk": talk.with_answers(prompt, snapshot.texts, notes)}
+    yield {"status": markup.status(ready), "stop": gr.update(interactive=False), **talked}
     if engine.rewards:
         for number, text in enumerate(snapshot.texts):
             scores = await to_thread.run_sync(engine.score, messages[number], [text])
             notes[number] += [f"{judge} {given[0]:+.2f}" for judge, given in scores.items()]
         cards = _cards(panes, snapshot, len(talk.asked), notes)
-        yield {"now": _asked(prompt) + cards, "talk": talk.with_answers(prompt, snapshot.texts, notes)}
+        talked = {"now": _asked(prompt) + cards, "talk": talk.with_answers(prompt, snapshot.texts, notes)}
+    # Only now: Gradio begins no answer while it waits for anything of the last one, and says nothing of it.
+    yield {"send": gr.update(interactive=True), **talked}
 
 
 def _question(talk: Talk, given: dict[str, Any]) -> tuple[str, Talk]:

@@ -1,11 +1,12 @@
 """What the pages share: the frame around them, and how their events are wired."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import gradio as gr
 
+from ...errors import InstructLiteError
 from .examples import EXAMPLES
 from .guard import address
 from .streams import Streams
@@ -19,6 +20,7 @@ class Frame:
 
     def __init__(self, pages: Sequence[str], visitors: Visitors):
         self.pages, self.visitors, self.streams = tuple(pages), visitors, Streams()
+        self._newest: dict[str, object] = {}
 
     @contextmanager
     def page(self, path: str, title: str, lead: str) -> Iterator[gr.Blocks]:
@@ -35,10 +37,38 @@ class Frame:
         return f'<header class="top"><strong>InstructLite</strong><nav aria-label="Pages">{links}</nav>{leave}</header>'
 
     @staticmethod
-    def on(events: Callable | Sequence[Callable], does: Callable, inputs: Any, outputs: Any, **more: Any) -> list:
-        """Wire events, all alike: not in the API's description, no progress bars over what is being read."""
+    def on(events: Any, does: Callable | None, inputs: Any, outputs: Any, **more: Any) -> Any:
+        """Wire events, all alike: not in the API's description, no progress bars over what is being read.
+
+        Several events are one to Gradio: while what one of them began goes on, the others begin nothing.
+        """
         alike = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None} | more
-        return [event(does, inputs, outputs, **alike) for event in (events if isinstance(events, Sequence) else [events])]
+        return gr.on(events, does, inputs, outputs, **alike)
+
+    async def while_newest(self, page: str, changes: AsyncIterator[dict]) -> AsyncIterator[dict | None]:
+        """What a request changes on its page, until something newer is asked there; None in place of the first change that is too late.
+
+        Who votes and presses N at once would otherwise see the voted answers again, below the next prompt, when their scores come.
+        """
+        self._newest[page] = mine = object()
+        try:
+            async with aclosing(changes):
+                async for change in changes:
+                    if self._newest.get(page) is not mine:
+                        yield None
+                        return
+                    yield change
+        except InstructLiteError:
+            if self._newest.get(page) is mine:
+                raise
+            yield None
+        finally:
+            if self._newest.get(page) is mine:
+                del self._newest[page]
+
+    def begin_anew(self, page: str) -> None:
+        """Whatever was asked on the page before comes too late."""
+        self._newest.pop(page, None)
 
     def who(self, request: gr.Request) -> str:
         """Whose requests are counted together."""
