@@ -1,4 +1,4 @@
-"""What the README shows works: its Python blocks run on the tiny model, its commands exist, its tree is the tree."""
+"""What README and docs show works: Python blocks run on the tiny model, commands exist, links lead somewhere, the tree is the tree."""
 
 import re
 import shlex
@@ -11,12 +11,19 @@ from instructlite.cli import app
 from instructlite.data.records import write_records
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md", ROOT / "CONTRIBUTING.md"]
+README = PAGES[0].read_text(encoding="utf-8")
 WORDS = ("yes", "no", "maybe", "so", "well", "oh", "ah", "eh")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [target for target in targets if not (page.parent / target).exists()]
 
 
 def tiny(code: str, base: Path) -> str:
@@ -45,7 +52,7 @@ def workplace(tmp_path_factory):
 def test_the_python_blocks_run_one_after_the_other(workplace, tiny_path, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     for block in blocks("python"):
-        exec(compile(tiny(block, tiny_path), "README.md", "exec"), {})
+        exec(compile(tiny(block, tiny_path), "a page", "exec"), {})
     assert "win rate" in capsys.readouterr().out
     assert (workplace / "runs" / "report" / "report.json").is_file()
 
