@@ -31,6 +31,7 @@ from instructlite.evaluation import statistics
 from instructlite.feedback.ballots import Ballot
 from instructlite.feedback.queue import choose
 from instructlite.feedback.store import Store
+from instructlite.models.manifest import NAME
 from instructlite.rounds import run_round
 from instructlite.training.recipe import quiet_libraries, versions
 
@@ -101,12 +102,14 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
 
 
 def copied(source: Path, target: Path, *left_out: str) -> Path:
-    """Whole or not there."""
+    """Whole or not there; one that is there is gone on with."""
     if not target.exists():
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*left_out))
         partial.rename(target)
+    if any((target / policy / NAME).read_bytes() != (source / policy / NAME).read_bytes() for policy in ("sft", "ppo")):
+        raise SystemExit(f"{target}: a copy of another run; remove it, or name another place with --output")
     return target
 
 
