@@ -187,6 +187,7 @@ class PPOCycle:
     chunk: int
     checkpointing: bool
     quantization: str = "none"
+    processes: int = 1
 
     def phases(self) -> dict[str, int]:
         """Bytes that each phase needs beside weights and optimiser."""
@@ -201,6 +202,6 @@ class PPOCycle:
         return {
             "generate": generation(shapes, size, self.generated_at_once, self.prompt, self.response, "lean") + unpacked,
             "score": lower + tokens * working(shapes, size, "lean") + chunk + unpacked,
-            # As in several processes: both passes are kept, then both go backward. One process keeps one at a time and takes less.
-            "train": lower + max(one + chunk, 2 * one + at_once) + unpacked,
+            # DDP expects one forward before each backward, so that policy's and value's passes are kept together.
+            "train": lower + max(one + chunk, (1 if self.processes == 1 else 2) * one + at_once) + unpacked,
         }

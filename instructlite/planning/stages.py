@@ -206,7 +206,7 @@ def _ppo(asked: Asked) -> StagePlan:
         shapes=asked.shapes, size=asked.size, rank=asked.rank, prompt=asked.prompt, response=training["response_length"],
         rollout=asked.rollout, generated_at_once=asked.generated_at_once, micro_batch=micro, chunk=training["logp_chunk_size"],
         shared_layers=asked.shapes.num_hidden_layers - asked.layers if training["share_lower_layers"] else 0,
-        checkpointing=asked.checkpointing, quantization=options["quantization"],
+        checkpointing=asked.checkpointing, quantization=options["quantization"], processes=asked.device.count,
     )  # fmt: skip
     # Policy, reference and value; the reward models; one that watches; a moving average.
     adapters = 3 + options["ensemble"] + (options.get("watch_reward") is not None) + (training.get("ema_decay") is not None)

@@ -142,6 +142,7 @@ def memory_needed(trainer: PPOTrainer) -> float:
         chunk=args.logp_chunk_size,
         checkpointing=model.base.model.is_gradient_checkpointing,
         quantization=model.base.quantization,
+        processes=args.world_size,
     )
     return max(cycle.phases().values()) + memory.trained(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
