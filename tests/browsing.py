@@ -108,12 +108,16 @@ class Visit:
         self.page.wait_for_function(CHOOSING, arg=before)
         return self.texts("#answers")
 
-    def settings(self, **values):
-        """Fields of the compare page by their ids."""
-        self.page.get_by_role("button", name="Panes, system prompt, sampling").click()
-        self.page.wait_for_selector("#length input[type=number]")
+    def unfold(self, button: str, shows: str):
+        """Click a button that shows fields, of which `shows` selects one."""
+        self.page.get_by_role("button", name=button).click()
+        self.page.wait_for_selector(shows)
         # Until a frame after they have appeared, which no hand is quick enough for, Gradio sets fields to what they were.
         self.page.evaluate("() => new Promise((seen) => requestAnimationFrame(() => requestAnimationFrame(seen)))")
+
+    def settings(self, **values):
+        """Fields of the compare page by their ids."""
+        self.unfold("Panes, system prompt, sampling", "#length input[type=number]")
         for name, value in values.items():
             field = self.page.locator(f"#{name} input[type=number]")
             field.fill(str(value))

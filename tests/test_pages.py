@@ -281,7 +281,7 @@ def test_keys_do_nothing_while_somebody_types(visit, server):
     page.keyboard.press("n")
     here.said("2 answers ready")
     before = len(server.store.votes())
-    page.get_by_role("button", name="Say more").click()
+    here.unfold("Say more", "#comment textarea")
     page.locator("#comment textarea").press_sequentially("102030")
     page.wait_for_timeout(500)
     assert len(server.store.votes()) == before
@@ -300,12 +300,12 @@ def test_keys_do_nothing_while_somebody_types(visit, server):
 def test_three_answers_are_ranked(visit, server):
     here = visit()
     page = here.open("arena")
-    page.get_by_role("button", name="Ask something yourself").click()
+    here.unfold("Ask something yourself", "#question textarea")
     page.locator("#question textarea").fill("Name a tree.")
     page.locator("#count").get_by_label("3").check()
     page.click("#ask")
     here.said("3 answers ready")
-    page.get_by_role("button", name="Say more").click()
+    here.unfold("Say more", "#comment textarea")
     for letter, rank in zip("ABC", (2, 1, 2), strict=True):
         field = page.get_by_label(f"Rank of answer {letter}")
         field.fill(str(rank))
@@ -370,7 +370,7 @@ def test_no_text_does_anything(visit, server, monkeypatch):
         page.wait_for_function("before => document.querySelector('#asked').innerText !== before", arg=before)
     unharmed(page, "#asked", everything)
     unharmed(page, "#answers", everything)
-    page.get_by_role("button", name="Say more").click()
+    here.unfold("Say more", "#comment textarea")
     page.get_by_label("Your group").fill("<img src=x onerror=window.P=1>")
     page.locator("h1").click()
     page.keyboard.press("1")
