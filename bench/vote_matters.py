@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import recording
 
-from instructlite.data.records import read_records, write_records
+from instructlite.data.records import characters, read_records, write_records
 from instructlite.evaluation import statistics
 from instructlite.feedback.ballots import Ballot
 from instructlite.feedback.queue import choose
@@ -48,11 +48,11 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def fresh_prompts(run: Path, characters: int) -> list[dict]:
+def fresh_prompts(run: Path, longest: int) -> list[dict]:
     """Prompts of the run's comparisons that PPO has not trained on: to those its answers have grown alike, so that there is no choice."""
     known = {json.dumps(row["prompt"]) for row in read_records(str(run / "data" / "prompts.jsonl"))}
     prompts = [row["prompt"] for row in read_records(str(run / "data" / "reward.jsonl"))]
-    short = {json.dumps(prompt): {"prompt": prompt} for prompt in prompts if sum(len(turn["content"]) for turn in prompt) <= characters}
+    short = {json.dumps(prompt): {"prompt": prompt} for prompt in prompts if characters(prompt) <= longest}
     return [row for key, row in short.items() if key not in known]
 
 
@@ -118,10 +118,10 @@ def state_of(run: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def prepared(source: Path, run: Path, overrides: list[str], characters: int) -> Path:
+def prepared(source: Path, run: Path, overrides: list[str], longest: int) -> Path:
     """A copy of the run whose round has its answers up for voting."""
     copied(source, run, "rounds", "votes.sqlite*", "*.partial", "lock", "owner.json")
-    write_records(run / "data" / "fresh_prompts.jsonl", fresh_prompts(run, characters))
+    write_records(run / "data" / "fresh_prompts.jsonl", fresh_prompts(run, longest))
     settings = [f"{key}={value}" for key, value in SETTINGS.items()]
     run_round(run, [f"round.prompts={run / 'data' / 'fresh_prompts.jsonl'}", *settings, *overrides], isolate=True, say=say)
     return run
@@ -144,10 +144,10 @@ def learnt(run: Path, votes: dict[str, int], likes: Callable[[str], bool]) -> di
     }  # fmt: skip
 
 
-def measured(source: Path, output: Path, overrides: list[str], wanted: int, name: str, characters: int, control: bool) -> dict[str, Any]:
+def measured(source: Path, output: Path, overrides: list[str], wanted: int, name: str, longest: int, control: bool) -> dict[str, Any]:
     """A round by the votes of who likes the property; with `control` also one, from the same answers, by the votes of who tosses coins."""
     likes, coin = PROPERTIES[name], random.Random(0)
-    answers = prepared(source, output / "answers", overrides, characters)
+    answers = prepared(source, output / "answers", overrides, longest)
     result: dict[str, Any] = {"property": WORDS[name], "settings": {**SETTINGS, **dict(one.split("=", 1) for one in overrides)}}
     voters: dict[str, Callable[[str], bool]] = {"likes": likes} | ({"coin": lambda text: coin.random() < 0.5} if control else {})
     for voter, prefers in voters.items():

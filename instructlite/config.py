@@ -322,6 +322,12 @@ class Loop:
         """The stages that train, in their order."""
         return [*(stage for stage in STAGES if stage in SECTIONS), *self.also]
 
+    @property
+    def texts(self) -> dict[str, Any]:
+        """For each PPO-ptx where its texts come from."""
+        found = {stage: self.section(stage).get("ptx_data") for stage in self.trained if kind_of(stage) == "ppo"}
+        return {stage: source for stage, source in found.items() if source is not None}
+
     def section(self, stage: str) -> dict[str, Any]:
         """What is said of a stage; of one under `also` laid over the section of its kind."""
         return merge(getattr(self, kind_of(stage)), self.also.get(stage) or {})

@@ -135,8 +135,7 @@ def _run_stages(loop: Loop, run: Path, only: str | None, resume: bool, call: "Ca
 
 def ptx_sources(loop: Loop) -> dict[str, Any]:
     """For each PPO-ptx the name of its file, and where its texts come from."""
-    sources = {stage: loop.section(stage).get("ptx_data") for stage in loop.trained if kind_of(stage) == "ppo"}
-    return {ptx_file(stage): source for stage, source in sources.items() if source is not None}
+    return {ptx_file(stage): source for stage, source in loop.texts.items()}
 
 
 def ptx_file(stage: str) -> str:

@@ -118,12 +118,18 @@ def test_a_pane_says_which_adapter_it_is_and_how_it_is_scored(visit, server):
     assert page.get_by_role("region", name="quokka, answer 1").count() == page.get_by_role("region", name="quokka, answer 2").count() == 1
 
 
-def test_stop_ends_the_answers_and_the_next_question_is_answered(visit):
-    here = visit()
+def begun(here):
+    """The page, on which answers have begun that would go on for long."""
     page = here.open("compare")
     here.settings(temperature=0, length=400)
     here.ask(PROMPT)
     page.wait_for_selector("#now .card .notes")
+    return page
+
+
+def test_stop_ends_the_answers_and_the_next_question_is_answered(visit):
+    here = visit()
+    page = begun(here)
     page.click("#stop")
     here.said("Stopped")
     assert "stopped" in page.locator("#now .card").first.inner_text()
@@ -151,10 +157,7 @@ def held_scores(server, monkeypatch):
 
 def test_a_new_conversation_is_empty_and_answers_though_the_last_one_was_being_written(visit):
     here = visit()
-    page = here.open("compare")
-    here.settings(temperature=0, length=400)
-    here.ask(PROMPT)
-    page.wait_for_selector("#now .card .notes")
+    page = begun(here)
     page.click("#new")
     page.wait_for_function("document.querySelectorAll('.card').length === 0")
     page.wait_for_timeout(500)  # in which nothing of it may come back
@@ -188,10 +191,7 @@ def test_who_leaves_stops_what_was_being_written_for_him(visit, server, monkeypa
     submit = server.engine.submit
     monkeypatch.setattr(server.engine, "submit", lambda *a, **k: streams.append(submit(*a, **k)) or streams[-1])
     here = visit()
-    page = here.open("compare")
-    here.settings(temperature=0, length=400)
-    here.ask(PROMPT)
-    page.wait_for_selector("#now .card .notes")
+    page = begun(here)
     page.goto("about:blank")
     here.outside.clear()
     for _ in range(100):

@@ -10,12 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_rounds import RECIPE, WORDS, letters
+from test_rounds import letters, make_run
 
-from instructlite.config import load_loop
-from instructlite.data.records import write_records
 from instructlite.feedback.store import Store
-from instructlite.pipeline import run_loop
 
 pytestmark = pytest.mark.slow  # every start of the command loads the libraries anew
 # Many short steps, each of them saved: the kill meets one of them.
@@ -35,12 +32,7 @@ def judge(prompts, completions, **rest):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_path) -> Path:
-    here = tmp_path_factory.mktemp("made")
-    write_records(here / "d.jsonl", [{"prompt": f"say {word}", "completion": f"{word}!"} for word in WORDS])
-    write_records(here / "c.jsonl", [{"prompt": f"ask {word}", "chosen": f"{word}!", "rejected": "?"} for word in WORDS])
-    (here / "recipe.yaml").write_text(RECIPE.format(model=tiny_path, here=here))
-    run_loop(load_loop(here / "recipe.yaml"), here / "run")
-    return here / "run"
+    return make_run(tmp_path_factory.mktemp("made"), tiny_path)
 
 
 def started(run: Path) -> subprocess.Popen:

@@ -47,15 +47,18 @@ def likes_letters(prompts, completions, **rest):
 LETTERS = Judge(f"{__name__}:likes_letters")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_path) -> Path:
+def make_run(here: Path, tiny_path: Path) -> Path:
     """The whole loop, of two steps a stage."""
-    here = tmp_path_factory.mktemp("made")
     write_records(here / "d.jsonl", [{"prompt": f"say {word}", "completion": f"{word}!"} for word in WORDS])
     write_records(here / "c.jsonl", [{"prompt": f"ask {word}", "chosen": f"{word}!", "rejected": "?"} for word in WORDS])
     (here / "recipe.yaml").write_text(RECIPE.format(model=tiny_path, here=here))
     run_loop(load_loop(here / "recipe.yaml"), here / "run")
     return here / "run"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_path) -> Path:
+    return make_run(tmp_path_factory.mktemp("made"), tiny_path)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import DataOptions
 from ..errors import InstructLiteError
-from .records import as_groups, opening, split_by_prompt
+from .records import as_groups, characters, opening, split_by_prompt
 
 EVALUATED = ("context", "reference", "category")
 """Columns of held-out comparisons: what the candidate "context" is shown, what judges may compare with, and the use case."""
@@ -34,7 +34,7 @@ def parts_of(options: DataOptions, rows: Mapping[str, list[dict]], ptx: Mapping[
     sft = _split(rows["demonstrations"], "demonstrations", options.demonstration_limit, heldout_demonstrations, options.seed)
     # One file holds one kind of record; a comparison is a ranking of two.
     preferences = as_groups([*rows["comparisons"], *rows["rankings"]]) if "rankings" in rows else rows["comparisons"]
-    short, long = _by_answer_length(preferences, options.answer_characters)
+    short, long = by_answer_length(preferences, options.answer_characters)
     compared = _split(short, "reward", options.comparison_limit, {"judge": options.judge, "heldout": options.heldout}, options.seed)
     if "judge" in compared:
         seen = {opening(row) for name in ("reward", "heldout") for row in compared[name]}
@@ -65,19 +65,20 @@ def _split(records: list[dict], rest: str, limit: int | None, parts: Mapping[str
     return split_by_prompt(records, {**sizes, rest: min(left, limit or left)}, seed)
 
 
-def _by_answer_length(records: list[dict], characters: int | None) -> tuple[list[dict], list[dict]]:
+def by_answer_length(records: list[dict], most: int | None) -> tuple[list[dict], list[dict]]:
+    """Those whose answers are all short enough, and the others."""
     longest = [max(map(len, group["responses"])) for group in as_groups(records)]
     parts: tuple[list[dict], list[dict]] = ([], [])
     for record, length in zip(records, longest, strict=True):
-        parts[characters is not None and length > characters].append(record)
+        parts[most is not None and length > most].append(record)
     return parts
 
 
-def _prompts(records: list[dict], characters: int | None, columns: bool = False) -> list[dict]:
-    """The different conversations of the records, in order, but for those that are too long; with all of their other columns, or with
-    those that evaluation knows."""
+def _prompts(records: list[dict], longest: int | None, columns: bool = False) -> list[dict]:
+    """The different conversations of the records, in order, but for those of more than `longest` characters; with all of their
+    other columns, or with those that evaluation knows."""
     rows = {
         json.dumps(row["prompt"]): {name: value for name, value in row.items() if columns or name in ("prompt", *EVALUATED)}
         for row in records
     }.values()
-    return [row for row in rows if characters is None or sum(len(turn["content"]) for turn in row["prompt"]) <= characters]
+    return [row for row in rows if longest is None or characters(row["prompt"]) <= longest]

@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import BadRecords, InstructLiteError
@@ -120,6 +120,11 @@ def data_hash(records: Iterable[Mapping]) -> str:
     for record in records:
         digest.update(json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
+
+
+def characters(prompt: Sequence[Mapping[str, str]]) -> int:
+    """Of all turns of a conversation."""
+    return sum(len(turn["content"]) for turn in prompt)
 
 
 def opening(record: Mapping) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import BaseOptions
+from ..data.records import characters
 from ..data.schema import Fault, check_characters
 from ..data.schema import messages as checked
 from ..errors import InstructLiteError
@@ -189,11 +190,9 @@ class Engine:
             check_characters({"content": turns})
         except Fault as fault:
             raise InstructLiteError(str(fault)) from fault
-        characters = sum(len(turn["content"]) for turn in turns)
-        if characters > self.limits.characters:
-            raise InstructLiteError(
-                f"the conversation has {characters:,} characters, at most {self.limits.characters:,} are taken; shorten it"
-            )
+        length = characters(turns)
+        if length > self.limits.characters:
+            raise InstructLiteError(f"the conversation has {length:,} characters, at most {self.limits.characters:,} are taken; shorten it")
         return turns
 
     def _encode(self, conversation: Messages) -> list[int]:

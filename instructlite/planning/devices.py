@@ -44,20 +44,26 @@ class Device:
 
 def this_device(gpus: int = 1) -> Device:
     """The first NVIDIA card, as its driver tells, or this machine's memory."""
-    if smi := shutil.which("nvidia-smi"):
-        query = [smi, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-        if found and found[0].isdigit():
-            return Device(True, int(found[0]) * 2**20, gpus)
+    found = _of_first_card("memory.total")
+    if found.isdigit():
+        return Device(True, int(found) * 2**20, gpus)
     return Device(False, psutil.virtual_memory().total)
+
+
+def _of_first_card(what: str) -> str:
+    """What NVIDIA's driver says; "" without a card."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return ""
+    query = [smi, f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return found.partition("\n")[0].strip()
 
 
 def device_name() -> str:
     """Of what computes here: the card, or the processor and how many threads of it are used."""
-    if smi := shutil.which("nvidia-smi"):
-        found = subprocess.run([smi, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False).stdout
-        if found.strip():
-            return found.splitlines()[0].strip()
+    if found := _of_first_card("name"):
+        return found
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EMBEDDED, REQUIRED, Loop, cache_directory
-from ..data.records import as_groups, read_ptx, read_records
+from ..data.parts import by_answer_length
+from ..data.records import as_groups, characters, read_ptx, read_records
 
 ASSUMED_PROMPT, ASSUMED_ANSWER = 512, 512
 """Tokens, where neither data nor options say."""
@@ -47,11 +48,11 @@ def lengths_of(loop: Loop) -> Lengths:
     demonstrations = rows_of(data.demonstrations, "demonstrations")
     compared = rows_of(data.comparisons, "comparisons")
     groups = [*as_groups(compared or []), *as_groups(rows_of(data.rankings, "rankings") or [])]
-    short = [group for group in groups if not data.answer_characters or max(map(len, group["responses"])) <= data.answer_characters]
+    short, _ = by_answer_length(groups, data.answer_characters or None)
     prompts = rows_of(data.prompts, "prompts") or groups
-    prompts = [row for row in prompts if not data.prompt_characters or _characters(row["prompt"]) <= data.prompt_characters]
-    ptx = [source for stage in loop.trained if (source := loop.section(stage).get("ptx_data")) is not None]
-    texts = [row for source in ptx for row in (demonstrations if source == "demonstrations" else rows_of(source, None, read_ptx)) or []]
+    prompts = [row for row in prompts if not data.prompt_characters or characters(row["prompt"]) <= data.prompt_characters]
+    sources = loop.texts.values()
+    texts = [row for source in sources for row in (demonstrations if source == "demonstrations" else rows_of(source, None, read_ptx)) or []]
 
     def group_length(group: Mapping[str, Any]) -> int:
         return count(group["prompt"]) + max(map(count, group["responses"]))
@@ -83,10 +84,6 @@ def _longest(rows: list[dict] | None, length: Callable[[dict], int]) -> int | No
     if not rows:
         return None
     return max(map(length, sorted(rows, key=lambda row: len(json.dumps(row)), reverse=True)[:32]))
-
-
-def _characters(prompt: list[dict[str, str]]) -> int:
-    return sum(len(turn["content"]) for turn in prompt)
 
 
 def counter(model: str) -> Callable[[str | list[dict[str, str]]], int]:

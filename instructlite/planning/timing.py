@@ -118,13 +118,12 @@ def parts_in(loop: Loop, lengths: Lengths) -> tuple[dict[str, Part], bool]:
     rows = {name: rows_of(*source) for name, source in sources_of(loop.data).items()}
     if any(own is None for own in rows.values()):
         return _assumed(lengths), False
-    ptx = {stage: source for stage in loop.trained if (source := loop.section(stage).get("ptx_data")) is not None}
-    texts = {stage: rows_of(source, None, read_ptx) or [] for stage, source in ptx.items() if source != "demonstrations"}
-    parts = parts_of(loop.data, rows | texts, ptx)
+    texts = {stage: rows_of(source, None, read_ptx) or [] for stage, source in loop.texts.items() if source != "demonstrations"}
+    parts = parts_of(loop.data, rows | texts, loop.texts)
     found = {name: Part.of(parts[name], single) for name in ("demonstrations", "heldout_demonstrations")}
     found |= {name: Part.of(as_groups(parts[name]), group) for name in ("reward", "judge", "heldout")}
     found |= {name: Part.of(parts[name], prompt) for name in ("prompts", "heldout_prompts")}
-    return found | {stage: Part.of(parts[stage], text) for stage in ptx if parts[stage]}, True
+    return found | {stage: Part.of(parts[stage], text) for stage in loop.texts if parts[stage]}, True
 
 
 def _assumed(lengths: Lengths) -> dict[str, Part]:

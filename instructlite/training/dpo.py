@@ -128,9 +128,7 @@ def held_out_metrics(trainer: DPOTrainer) -> dict[str, float]:
     """Means over the held-out pairs, whatever the size of batches and the number of processes."""
     measured = {"eval_loss": 0.0, "eval_accuracy": 0.0, "eval_margin": 0.0}
     model, rows, metrics, processes = trainer.model.eval(), trainer.eval_dataset, trainer._metrics["eval"], trainer.args.world_size
-    lengths = list(rows["length"])
-    order = sorted(range(len(rows)), key=lengths.__getitem__)  # similar lengths share a batch: less padding
-    batches = dealt(order, trainer.args.per_device_eval_batch_size, trainer.args.process_index, processes)
+    batches = dealt(list(rows["length"]), trainer.args.per_device_eval_batch_size, trainer.args.process_index, processes)
     with progress("dpo: held-out pairs", len(batches)) as advance:
         for numbers, alone in batches:
             inputs = send_to_device(trainer.data_collator([rows[i] for i in numbers]), trainer.accelerator.device)

@@ -126,6 +126,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Re
     return 1 - masked_variance(returns - values, mask, reduce) / masked_variance(returns, mask, reduce).clamp(min=1e-12)
 
 
+def ordered(groups: Tensor, ranks: Tensor) -> Tensor:
+    """(answers, answers): whether the row's answer is better than the column's, to the same prompt. NaN has no rank."""
+    return (groups[:, None] == groups) & (ranks[:, None] < ranks)
+
+
 def ranking_loss(
     scores: Tensor, groups: Tensor, ranks: Tensor, center_coefficient: float = 0.0, known: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +142,7 @@ def ranking_loss(
     same weighting (Eisenstein 2023, arXiv:2312.09244). known: (answers,), a bias that is added to the scores in the first term
     only, so that they need not learn it.
     """
-    better, worse = ((groups[:, None] == groups[None]) & (ranks[:, None] < ranks[None])).nonzero(as_tuple=True)
+    better, worse = ordered(groups, ranks).nonzero(as_tuple=True)
     if len(better) == 0:
         return scores.sum() * 0, scores.new_zeros(())
     _, group_of, pairs = torch.unique(groups[better], return_inverse=True, return_counts=True)

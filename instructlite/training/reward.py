@@ -35,7 +35,7 @@ from ..models.manifest import Adapter, add_members, verify
 from .checkpoints import Checkpointing
 from .interrupt import Interruption
 from .policy_samples import add_policy_samples
-from .ppo_math import ranking_loss
+from .ppo_math import ordered, ranking_loss
 from .recipe import (
     HARMLESS,
     SOURCES,
@@ -326,9 +326,8 @@ class RankingTrainer(EqualRows, Checkpointing, RewardTrainer):
         return {"responses_ids": [row["responses_ids"][0][:1]], "ranks": [float("nan")]}
 
     def rows_that_count(self, inputs: dict[str, Tensor]) -> int:
-        groups, ranks = inputs["groups"], inputs["ranks"]
-        better = ((groups[:, None] == groups) & (ranks[:, None] < ranks)).any(1)
-        return len(groups[better].unique())
+        groups = inputs["groups"]
+        return len(groups[ordered(groups, inputs["ranks"]).any(1)].unique())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
@@ -343,8 +342,7 @@ class RankingTrainer(EqualRows, Checkpointing, RewardTrainer):
 
     def _measure(self, scores: Tensor, accuracy: Tensor, inputs: dict[str, Tensor], mode: str) -> None:
         """Into TRL's metrics, over the batches of all processes."""
-        groups, ranks = inputs["groups"], inputs["ranks"]
-        pairs, counted = ((groups[:, None] == groups) & (ranks[:, None] < ranks)).sum(), ~ranks.isnan()
+        pairs, counted = ordered(inputs["groups"], inputs["ranks"]).sum(), ~inputs["ranks"].isnan()
         known, tokens = scores[counted], inputs["attention_mask"][counted].sum()
         sums = [accuracy * pairs, pairs, counted.sum(), known.sum(), known.square().sum(), tokens]
         right, pairs, answers, total, squares, tokens = self.accelerator.reduce(torch.stack([x.double() for x in sums]), "sum").tolist()
@@ -398,8 +396,7 @@ def mean_over_steps(metric: str, logs: list[dict[str, Any]]) -> float:
 def score_sequences(trainer: RewardTrainer, sequences: list[list[int]]) -> list[float]:
     """What the model in training gives each sequence, without any bias; several processes share the work."""
     model, args = trainer.model.eval(), trainer.args
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # similar lengths share a batch: less padding
-    batches = dealt(order, 2 * args.per_device_eval_batch_size, args.process_index, args.world_size)
+    batches = dealt(list(map(len, sequences)), 2 * args.per_device_eval_batch_size, args.process_index, args.world_size)
     scores: dict[int, float] = {}
     with progress("reward: scoring", len(batches)) as advance:
         for rows, _ in batches:

@@ -130,9 +130,8 @@ def held_out_metrics(trainer: SFTTrainer, suffix: str = "") -> dict[str, float]:
     """
     accelerator, processes, model, rows = trainer.accelerator, trainer.args.world_size, trainer.model.eval(), trainer.eval_dataset
     lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)  # similar lengths share a batch: less padding
     measured = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    batches = dealt(order, trainer.args.per_device_eval_batch_size, trainer.args.process_index, processes)
+    batches = dealt(lengths, trainer.args.per_device_eval_batch_size, trainer.args.process_index, processes)
     loader = DataLoader(rows, batch_sampler=[numbers for numbers, _ in batches], collate_fn=trainer.data_collator)
     with progress("sft: held-out loss", len(batches)) as advance:
         for inputs, (_, alone) in zip(loader, batches, strict=True):

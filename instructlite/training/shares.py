@@ -121,11 +121,13 @@ class EqualRows(Together):
         return loss if rows is None else loss * (self.rows_that_count(inputs) * self.args.world_size / rows.clamp(min=1))
 
 
-def dealt(order: Sequence[int], size: int, rank: int, processes: int) -> list[tuple[list[int], bool]]:
-    """Batches of at most `size` for this process, each of them alone (True) or of all of them (False), as many for every process.
+def dealt(lengths: Sequence[int], size: int, rank: int, processes: int) -> list[tuple[list[int], bool]]:
+    """Batches of at most `size` rows for this process, each of them alone (True) or of all of them (False), as many for every process.
 
-    The rows that would not give all a batch of the same size are everyone's: whoever gathers gets what one process would have got.
+    By length, so that there is less padding. The rows that would not give all a batch of the same size are everyone's: whoever gathers
+    gets what one process would have got.
     """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     whole = len(order) // (size * processes) * size * processes if processes > 1 else 0
-    own = [(list(order[start : start + size]), True) for start in range(rank * size, whole, size * processes)]
-    return own + [(list(order[start : start + size]), False) for start in range(whole, len(order), size)]
+    own = [(order[start : start + size], True) for start in range(rank * size, whole, size * processes)]
+    return own + [(order[start : start + size], False) for start in range(whole, len(order), size)]
